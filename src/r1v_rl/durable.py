@@ -1,0 +1,60 @@
+"""File writes that a crash cannot leave half done, and the handle by which tests kill a process inside them."""
+
+import os
+import signal
+from pathlib import Path
+
+_points_passed: dict[str, int] = {}
+
+
+def fault_point(name: str) -> None:
+    """Kill this process with SIGKILL where the environment says so: `R1V_FAULT=name:N` strikes at the N-th passing.
+
+    Does nothing when the variable is unset; only crash tests set it.
+    """
+    wanted = os.environ.get("R1V_FAULT")
+    if not wanted:
+        return
+    point, _, number = wanted.rpartition(":")
+    if point == name:
+        _points_passed[name] = _points_passed.get(name, 0) + 1
+        if _points_passed[name] == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fsync(path: Path) -> None:
+    """Ask the disk to hold what `path` (a file or a folder) has in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` in place; safe only inside a folder that is renamed when complete."""
+    half = len(data) // 2
+    with open(path, "wb", buffering=0) as file:
+        fault_point("checkpoint_write")
+        _write_all(file, memoryview(data)[:half])
+        fault_point("checkpoint_write")
+        _write_all(file, memoryview(data)[half:])
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`: whoever reads it, at any moment or after a crash, sees the old content or the new."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_file(aside, data)
+        fsync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def _write_all(file, data: memoryview) -> None:
+    """A raw write may take less than it was given, as on a disk that is filling up."""
+    while data:
+        data = data[file.write(data) :]
