@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,40 @@ def test_killed_at_every_write_of_a_save_the_previous_one_is_taken(tmp_path, mon
     assert newest == output_dir / "checkpoint-5" and status == 0
     assert kills >= 18
     assert completed == 1, "the one kill after the last rename, and no other, may find the new folder complete"
+
+
+def kill_before_file_operation(number: int, below: Path) -> None:
+    """From now on, this process dies before its `number`-th Python file operation on a path below a folder."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(arguments[0]).startswith(
+            str(below)
+        ):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def test_killed_before_every_file_operation_the_previous_one_is_taken(tmp_path):
+    """Needs no help from the code under test: the interpreter itself reports each open, rename, mkdir and remove."""
+    save(tmp_path, 4)
+    for number in range(1, 200):
+        status = run_in_child(lambda n=number: (kill_before_file_operation(n, tmp_path), save(tmp_path, 5)))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        final = tmp_path / "checkpoint-5"
+        if final.exists():
+            assert checkpoints.verify(final) == []
+            shutil.rmtree(final)
+        else:
+            assert checkpoints.latest_complete(tmp_path) == tmp_path / "checkpoint-4"
+    assert number > 20
+    assert checkpoints.latest_complete(tmp_path) == tmp_path / "checkpoint-5"
 
 
 def test_killed_between_the_two_renames_the_replaced_good_one_comes_back(tmp_path):
