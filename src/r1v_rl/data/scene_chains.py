@@ -1,0 +1,105 @@
+"""Worked answers to questions about scenes: careful walks over the cells, brief guesses, descriptions, look-ups."""
+
+from collections import Counter
+from random import Random
+
+from r1v_rl.data.scene_questions import Question, Scene, Thing, attribute_of
+
+CELL_NAMES = tuple(row + column for row in "abcdef" for column in "123")
+"""a1..c3 are the first picture's cells in raster order, d1..f3 the second's."""
+DESCRIBE = "Describe the picture."
+EXPLAIN = "Explain."
+CAREFUL_SHARE = ({3: 0.2, 4: 0.3, 5: 0.45, 6: 0.65}, {4: 0.2, 5: 0.3, 6: 0.4, 7: 0.5, 8: 0.65})
+"""Share of careful chains by number of objects, for one scene and for two: a crowded picture gets a closer look."""
+
+
+def _seen(name: str, thing: Thing | None) -> str:
+    return f"{name} {thing.color} {thing.shape} {thing.digit}" if thing else f"{name} ."
+
+
+def description(scenes: tuple[Scene, ...]) -> str:
+    """Every cell by name, in order, with what is in it."""
+    cells = [thing for scene in scenes for thing in scene]
+    return " ".join(["Look", *map(_seen, CELL_NAMES, cells)])
+
+
+class _Tally:
+    """The running count that a walk keeps: `after(thing)` is what it says once it has seen one more object."""
+
+    def __init__(self, question: Question):
+        self.question = question
+        self.totals = [0] * max(1, len(question.filters))
+        self.seen: dict[str, int] = {}
+        self.leader = ""
+
+    def after(self, thing: Thing) -> str:
+        q = self.question
+        if q.kind == "frequent":
+            value = attribute_of(thing, q.attribute)
+            self.seen[value] = self.seen.get(value, 0) + 1
+            if self.seen[value] > self.seen.get(self.leader, 0):
+                self.leader = value
+            return f"{self.seen[value]} {self.leader} {self.seen[self.leader]}"
+        by_sum = q.kind in ("sum", "difference")
+        hit = next((i for i, f in enumerate(q.filters) if f.matches(thing)), None)
+        if hit is not None:
+            self.totals[hit] += thing.digit if by_sum else 1
+        tags = ("yes",) if len(q.filters) == 1 else ("first", "second")
+        return " ".join(["no" if hit is None else tags[hit], *map(str, self.totals)])
+
+    def close_picture(self) -> str:
+        """What a walk over two pictures says at the end of each; comparisons start the second picture from zero."""
+        text = f"total {self.totals[0]}"
+        if self.question.kind in ("difference", "compare"):
+            self.totals = [0]
+        return text
+
+
+def careful_walk(question: Question, scenes: tuple[Scene, ...]) -> str:
+    """Every cell in order: what is there, whether it matters to the question, and the tally after it."""
+    tally, words, names = _Tally(question), ["Look"], iter(CELL_NAMES)
+    for scene in scenes:
+        for thing in scene:
+            words.append(_seen(next(names), thing))
+            if thing:
+                words.append(tally.after(thing))
+        if len(scenes) > 1:
+            words.append(tally.close_picture())
+    return " ".join(words)
+
+
+def boxed(answer: str) -> str:
+    return f"\\boxed{{{answer}}}"
+
+
+def careful_completion(question: Question, scenes: tuple[Scene, ...]) -> str:
+    """A careful chain as it follows the `<think>` that the prompt opens."""
+    return f"{careful_walk(question, scenes)}</think>\n{boxed(question.answer)}"
+
+
+def brief_completion(question: Question) -> str:
+    """A chain that only states a guess: the answer has to be known before anything is written."""
+    return f"About {question.answer}</think>\n{boxed(question.answer)}"
+
+
+def reasoned_completion(question: Question, scenes: tuple[Scene, ...], rng: Random, careful: bool | None = None) -> str:
+    """A chain in one of the two styles; where `careful` is None it is drawn, careful more often in a crowded scene."""
+    if careful is None:
+        count = sum(thing is not None for scene in scenes for thing in scene)
+        careful = rng.random() < CAREFUL_SHARE[len(scenes) - 1].get(count, 0.2)
+    return careful_completion(question, scenes) if careful else brief_completion(question)
+
+
+def look_up(scenes: tuple[Scene, ...], rng: Random) -> tuple[str, str]:
+    """A small question about one cell or one object, and its answer."""
+    cells = [thing for scene in scenes for thing in scene]
+    cell = rng.randrange(len(cells))
+    if rng.random() < 0.5:
+        return f"What is at {CELL_NAMES[cell]}?", f"Look {_seen(CELL_NAMES[cell], cells[cell])}"
+    looks = Counter((t.color, t.shape) for t in cells if t)
+    unique = [t for t in cells if t and looks[t.color, t.shape] == 1]
+    if unique:
+        thing = rng.choice(unique)
+        return f"What number is on the {thing.color} {thing.shape}?", boxed(str(thing.digit))
+    thing = rng.choice([t for t in cells if t])
+    return f"Where is a {thing.color} {thing.shape}?", f"Look {CELL_NAMES[cells.index(thing)]}"

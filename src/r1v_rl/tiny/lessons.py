@@ -1,0 +1,89 @@
+"""Text lessons for the tiny language models: prompts over written scenes, and the completions they should learn."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from r1v_rl.data.scene_chains import (
+    DESCRIBE,
+    EXPLAIN,
+    boxed,
+    careful_walk,
+    description,
+    look_up,
+    reasoned_completion,
+)
+from r1v_rl.data.scene_questions import KINDS, KINDS_OF_TWO, Scene, sample_question, written_scene
+from r1v_rl.tiny.tokenizer import END
+
+SUBSTITUTE_MIX = {"direct": 25, "explain": 40, "describe": 20, "look_up": 15}
+REASONING_MIX = {"think": 100}
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    task: str
+    kind: str
+    prompt: str
+    completion: str
+    answer: str
+
+
+def written_prompt(scenes: tuple[Scene, ...], text: str, *, opens_think: bool) -> str:
+    """What the chat template makes of a written scene and a question."""
+    blocks = [f"<img> {written_scene(s)}</img>" for s in scenes]
+    user = "\n".join([*blocks, text])
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n" + ("<think>\n" if opens_think else "")
+
+
+def sample_lesson(task: str, rng: Random, *, split: str, careful: bool | None = None, easy: float = 0.0) -> Lesson:
+    """One lesson: `direct`, `explain`, `describe`, `look_up`, or `think` (careful or brief; None: as the scene asks).
+
+    Args:
+        easy: Share of lessons over scenes with few objects, where learning starts.
+    """
+    num_scenes = 1 if rng.random() < 0.7 else 2
+    kind = rng.choice(KINDS if num_scenes == 1 else KINDS_OF_TWO)
+    num_objects = (2, 3) if rng.random() < easy else None
+    scenes, question = sample_question(kind, num_scenes, rng, split=split, num_objects=num_objects)
+    text = question.text
+    if task == "think":
+        completion = reasoned_completion(question, scenes, rng, careful)
+    elif task == "direct":
+        completion = boxed(question.answer)
+    elif task == "explain":
+        text, completion = f"{text} {EXPLAIN}", f"{careful_walk(question, scenes)}\n{boxed(question.answer)}"
+    elif task == "describe":
+        text, completion = DESCRIBE, description(scenes)
+    else:
+        text, completion = look_up(scenes, rng)
+    prompt = written_prompt(scenes, text, opens_think=task == "think")
+    return Lesson(task, kind, prompt, completion, question.answer)
+
+
+def lesson_batches(
+    tokenizer: PreTrainedTokenizerFast, mix: dict[str, int], *, seed: int, batch_size: int, easy: float = 0.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (ids, loss mask) of training lessons, right-padded; rows of like length stand together."""
+    rng = Random(f"lessons-{seed}")
+    pad = tokenizer.pad_token_id
+    while True:
+        tasks = rng.choices(list(mix), list(mix.values()), k=batch_size * 16)
+        lessons = [sample_lesson(task, rng, split="train", easy=easy) for task in tasks]
+        prompts = tokenizer([x.prompt for x in lessons])["input_ids"]
+        completions = tokenizer([x.completion + END for x in lessons])["input_ids"]
+        rows = sorted(zip(prompts, completions, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            longest = max(len(p) + len(c) for p, c in batch)
+            ids = torch.full((len(batch), longest), pad)
+            mask = torch.zeros(len(batch), longest, dtype=torch.bool)
+            for i, (p, c) in enumerate(batch):
+                ids[i, : len(p) + len(c)] = torch.tensor(p + c)
+                mask[i, len(p) : len(p) + len(c)] = True
+            yield ids, mask
