@@ -1,0 +1,117 @@
+"""The rewards that can be named in a recipe without a file: `accuracy` and `format`, in TRL's signature."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from r1v_rl.errors import RewardError
+from r1v_rl.scoring.extraction import ANSWER_KINDS
+from r1v_rl.scoring.format import DEFAULT_FORMAT_PATTERN, has_format, with_prompt_think
+from r1v_rl.scoring.workers import DEFAULT_NUM_WORKERS, DEFAULT_TIMEOUT_S, check_timeout, reason_rates, shared_pool
+
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "label")
+"""Names of the gold's column; the first that is present is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSettings:
+    """The recipe keys that the built-in rewards read."""
+
+    answer_kind: str = "math"
+    """`math`, `number`, `choice` or `text`; a dataset column `answer_kind` overrides it row by row."""
+    format_pattern: str = DEFAULT_FORMAT_PATTERN
+    """What `format` looks for with `re.search` in the completion, the prompt's `<think>` put back."""
+    reward_timeout_s: float = DEFAULT_TIMEOUT_S
+    """Deadline for judging one answer, or for one search of a pattern of one's own."""
+    reward_workers: int = DEFAULT_NUM_WORKERS
+    """Grader processes of this rank."""
+    prompt_opens_think: bool | None = None
+    """Whether the chat template opens `<think>` for the model. Set, a completion that never closes it has no answer;
+    None infers it from each completion."""
+
+    def __post_init__(self) -> None:
+        if self.answer_kind not in ANSWER_KINDS:
+            raise RewardError(f"answer_kind must be one of {', '.join(ANSWER_KINDS)}; received {self.answer_kind!r}")
+        check_timeout(self.reward_timeout_s)
+        if not isinstance(self.reward_workers, int) or self.reward_workers < 1:
+            raise RewardError(f"reward_workers must be a whole number of at least 1; received {self.reward_workers!r}")
+        try:
+            re.compile(self.format_pattern)
+        except re.error as error:
+            raise RewardError(
+                f"format_pattern must be a regular expression; received {self.format_pattern!r}: {error}"
+            ) from error
+
+
+def completion_text(completion: Any) -> str:
+    """The text of one completion as TRL hands it over: a string, or the assistant's messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(_content_text(message["content"]) for message in completion)
+
+
+def gold_column(columns: dict[str, Any]) -> str | None:
+    """The name of the column with the gold answers, or None."""
+    return next((name for name in ANSWER_COLUMNS if columns.get(name) is not None), None)
+
+
+def accuracy_reward(settings: RewardSettings) -> Callable[..., list[float | None]]:
+    """The reward 1.0 for a right final answer, 0.0 for any other, None where nobody can tell (`Verdict.correct`)."""
+
+    def accuracy(
+        completions: Sequence[Any],
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        gold = gold_column(columns)
+        if gold is None:
+            raise RewardError(
+                f"the accuracy reward needs a dataset column named {', '.join(ANSWER_COLUMNS[:-1])} or "
+                f"{ANSWER_COLUMNS[-1]}; "
+                f"received {', '.join(sorted(columns)) or 'none'}: rename the column, or take accuracy out of "
+                "reward_funcs"
+            )
+        texts = [with_prompt_think(completion_text(item), settings.prompt_opens_think) for item in completions]
+        kinds = [kind or settings.answer_kind for kind in columns.get("answer_kind") or [None] * len(texts)]
+        verdicts = shared_pool(settings.reward_workers).judge_answers(
+            texts, columns[gold], kinds, columns.get("choices"), settings.reward_timeout_s
+        )
+        if log_extra is not None:
+            log_extra("parsed_answer", [item.answer for item in verdicts])
+            log_extra("verdict", [item.reason for item in verdicts])
+        if log_metric is not None:
+            for name, rate in reason_rates(verdicts).items():
+                log_metric(name, rate)
+        return [None if item.correct is None else float(item.correct) for item in verdicts]
+
+    return accuracy
+
+
+def format_reward(settings: RewardSettings) -> Callable[..., list[float | None]]:
+    """The reward 1.0 for a completion in the wanted format, else 0.0; None where a pattern of one's own timed out."""
+
+    def format(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        opened, pattern = settings.prompt_opens_think, settings.format_pattern
+        texts = [completion_text(item) for item in completions]
+        if pattern == DEFAULT_FORMAT_PATTERN:
+            return [float(has_format(text, pattern, opened)) for text in texts]
+        found = shared_pool(settings.reward_workers).match(
+            pattern, [with_prompt_think(text, opened) for text in texts], settings.reward_timeout_s
+        )
+        return [None if item is None else float(item) for item in found]
+
+    return format
+
+
+BUILT_IN: dict[str, Callable[[RewardSettings], Callable[..., list[float | None]]]] = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+}
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(block.get("text", "") for block in content if block.get("type") == "text")
