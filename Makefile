@@ -1,0 +1,41 @@
+# make demo | test | bench: each sets up .venv first (once; again when pyproject.toml changes).
+#
+#   PYTHON     the Python to build .venv with (3.11 or later)
+#   PIP_INDEX  an extra package index, where pip's own has no CPU build of torch:
+#              make test PIP_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+PIP_INDEX ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet $(if $(PIP_INDEX),--extra-index-url $(PIP_INDEX))
+
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup test lint types pytest clean
+
+setup: $(READY)
+
+# torch first and by its exact version: a plain `torch` brings gigabytes of CUDA packages.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) "torch==2.13.0"
+	$(PIP) --editable ".[cpu,dev]"
+	@touch $@
+
+test: lint types pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+pytest: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv outputs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,74 @@
+"""The command line: `r1v-rl COMMAND ...`, and what its exit code means."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from r1v_rl.errors import UserError
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+"""1 is Python's own: a fault of ours, with its traceback."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand; its module is imported when it is called, so that help needs none of them."""
+
+    target: str
+    """`module:function`; the function takes the arguments after the command's name and returns an exit code."""
+    summary: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
+    "check": Command(
+        "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 on success, 2 for a user's mistake, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        return EXIT_OK if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(f"r1v-rl {version('r1v-rl')}")
+        return EXIT_OK
+    name = arguments.pop(0)
+    try:
+        return _load(name)(arguments) or EXIT_OK
+    except UserError as error:
+        print(f"r1v-rl {name}: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"r1v-rl {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _load(name: str) -> Callable[[list[str]], int | None]:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise UserError(f"there is no such command; there are {', '.join(COMMANDS)}.{hint}")
+    module, _, function = COMMANDS[name].target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: r1v-rl COMMAND [--config RECIPE.yaml] [--key value ...]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`r1v-rl COMMAND --help` lists a command's keys. Values on the command line override the recipe.",
+        ]
+    )

@@ -1,0 +1,113 @@
+"""Process settings: each test runs in a process of its own, since they must precede torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+OPS_CANNOT_LOAD = """
+import torch, pathlib
+from importlib.machinery import PathFinder
+compiled = next(pathlib.Path(PathFinder.find_spec("torchvision").origin).parent.glob("_C*.so"), None)
+def loads():
+    try:
+        torch.ops.load_library(str(compiled))
+        return True
+    except OSError:
+        return False
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_import_is_light_and_sets_the_wait_policy_before_torch():
+    code = "import r1v_rl, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    assert run(code) == "PASSIVE False"
+
+
+def test_a_wait_policy_of_the_user_is_kept():
+    assert run("import r1v_rl, os; print(os.environ['OMP_WAIT_POLICY'])", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+
+
+def test_schemas_are_declared_exactly_where_the_compiled_ops_cannot_load():
+    code = (
+        f"import r1v_rl\n{OPS_CANNOT_LOAD}\nimport r1v_rl.runtime as r, torchvision\nprint(loads(), r._library is None)"
+    )
+    loads, is_undeclared = run(code).split()
+    assert loads == is_undeclared
+
+
+def test_torchvision_imports_and_its_transforms_work():
+    code = (
+        "import r1v_rl, torch, torchvision\n"
+        "from torchvision.transforms.v2 import functional as F\n"
+        "print(tuple(F.resize(torch.zeros(3, 8, 8), [4, 4]).shape))"
+    )
+    assert run(code) == "(3, 4, 4)"
+
+
+def test_without_our_settings_the_import_fails_here_or_the_ops_load():
+    """The workaround is there for a reason: drop it when this machine's torchvision no longer needs it."""
+    code = f"{OPS_CANNOT_LOAD}\nif not loads():\n    import torchvision"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 or "torchvision::nms does not exist" in done.stderr
+
+
+def test_working_compiled_ops_are_left_alone(tmp_path):
+    """A torchvision whose library loads: nothing is declared beside its own ops."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "_C.so").write_bytes(b"")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import r1v_rl.runtime as r, torch\n"
+        "torch.ops.load_library = lambda path: None\n"
+        "import torchvision\n"
+        "print(r._library is None)"
+    )
+    assert run(code) == "True"
+
+
+def test_a_torchvision_whose_ops_cannot_load_gets_its_schemas(tmp_path):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("import torch\nprint(hasattr(torch.ops.torchvision, 'nms'))")
+    (package / "_C.so").write_bytes(b"not a library")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport r1v_rl, torchvision"
+    assert run(code) == "True"
+
+
+@pytest.mark.parametrize("package", ["torchaudio", "torchcodec"])
+def test_media_packages_that_cannot_load_are_hidden(package):
+    code = (
+        "import r1v_rl, torch\n"
+        "from importlib.metadata import version, PackageNotFoundError\n"
+        "try:\n"
+        f"    broken = '+cpu' in version('torch') and '+cpu' not in version({package!r})\n"
+        "except PackageNotFoundError:\n"
+        "    broken = False\n"
+        "import importlib.util, sys\n"
+        f"print(broken == ({package!r} in sys.modules and sys.modules[{package!r}] is None))"
+    )
+    assert run(code) == "True"
+
+
+def test_child_processes_are_prepared_within_the_block_and_not_after():
+    code = (
+        "import os, subprocess, sys\n"
+        "from r1v_rl.runtime import children_prepared\n"
+        "def child():\n"
+        "    command = [sys.executable, '-c', 'import sys; print(\\'r1v_rl\\' in sys.modules)']\n"
+        "    return subprocess.run(command, capture_output=True, text=True).stdout.strip()\n"
+        "with children_prepared():\n"
+        "    inside = child()\n"
+        "print(inside, child())"
+    )
+    assert run(code) == "True False"
