@@ -205,8 +205,9 @@ def _checked(key: str, value: Any, types: Mapping[str, tuple[Any, Field]]) -> An
     try:
         value = convert(value, annotation)
     except ValueError as error:
-        received = f"{value!r} ({type(value).__name__})"
-        raise RecipeError(f"`{key}` must be {describe(annotation)}, received {received}{_because(error)}") from error
+        hint = f": {error}" if str(error) else "; quote it if it is meant as text" if isinstance(value, bool) else ""
+        received = f"{value!r} ({type(value).__name__}){hint}"
+        raise RecipeError(f"`{key}` must be {describe(annotation)}, received {received}") from error
     choices = declared.metadata.get("choices")
     if choices and value is not None and value not in choices:
         names = ", ".join(map(str, choices))
@@ -214,7 +215,3 @@ def _checked(key: str, value: Any, types: Mapping[str, tuple[Any, Field]]) -> An
             f"`{key}` must be one of {names}, received {value!r}.{nearest_key(str(value), map(str, choices))}"
         )
     return value
-
-
-def _because(error: ValueError) -> str:
-    return f": {error}" if str(error) else ""

@@ -157,9 +157,7 @@ def _to_float(value: Any) -> float:
 
 
 def _to_str(value: Any) -> str:
-    if isinstance(value, bool):
-        raise ValueError("quote it if it is meant as text")
-    if not isinstance(value, str | int | float | Path):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
         raise ValueError
     return str(value)
 
