@@ -10,6 +10,7 @@ _points_passed: dict[str, int] = {}
 def fault_point(name: str) -> None:
     """Kill this process with SIGKILL where the environment says so: `R1V_FAULT=name:N` strikes at the N-th passing.
 
+    `checkpoint_write` lies before, inside and after every write of a save; `file_write` inside every other file.
     Does nothing when the variable is unset; only crash tests set it.
     """
     wanted = os.environ.get("R1V_FAULT")
@@ -31,13 +32,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, point: str = "checkpoint_write") -> None:
     """Write `data` to `path` in place; safe only inside a folder that is renamed when complete."""
     half = len(data) // 2
     with open(path, "wb", buffering=0) as file:
-        fault_point("checkpoint_write")
+        fault_point(point)
         _write_all(file, memoryview(data)[:half])
-        fault_point("checkpoint_write")
+        fault_point(point)
         _write_all(file, memoryview(data)[half:])
 
 
@@ -45,7 +46,7 @@ def replace_file(path: Path, data: bytes) -> None:
     """Make `path` hold `data`: whoever reads it, at any moment or after a crash, sees the old content or the new."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_file(aside, data)
+        write_file(aside, data, point="file_write")
         fsync(aside)
         os.replace(aside, path)
     except BaseException:
