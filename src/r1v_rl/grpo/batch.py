@@ -1,0 +1,117 @@
+"""A generation batch: whole groups, from the rollout to the loss, cut into micro-batches of rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from r1v_rl.models.logprobs import Scored
+from r1v_rl.rollout.prompts import EncodedPrompt
+
+
+@dataclass(slots=True)
+class GenerationBatch:
+    """P prompts and their B = P * G completions, in group order: row r belongs to prompt r // G."""
+
+    prompts: list[EncodedPrompt]
+    completion_ids: list[list[int]]
+    """B rows."""
+    counts: list[bool]
+    """B rows; False leaves a row out of the loss (a truncated completion, where the recipe says so)."""
+    advantages: Tensor
+    """(B,)"""
+    process_tokens: float
+    """Counted tokens of the whole batch over all processes, divided by the processes."""
+    weight_version: int
+    """Optimizer steps behind the weights that sampled it."""
+    sampler_logprobs: list[Tensor] | None = None
+    """B ragged rows; None where the engine is the policy itself."""
+    old_logprobs: list[Tensor] | None = None
+    reference_logprobs: list[Tensor] | None = None
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.completion_ids) // len(self.prompts)
+
+
+@dataclass(slots=True)
+class ModelInputs:
+    """Rows `start:end` of a generation batch as the policy takes them, and where their tokens lie."""
+
+    kwargs: dict[str, Tensor]
+    """`input_ids`, `attention_mask` (both right-padded) and the vision inputs, each prompt's once."""
+    scored: Scored
+    token_mask: Tensor
+    """(B, T) bool: completion tokens, whether they count or not."""
+    loss_mask: Tensor
+    """(B, T) bool: those that count."""
+
+
+def model_inputs(batch: GenerationBatch, start: int, end: int, *, pad_token_id: int, device) -> ModelInputs:
+    """Lay rows `start:end` out as plain padded rows; every prompt's pixels appear once, whatever G is."""
+    group = batch.num_generations
+    owners = [row // group for row in range(start, end)]
+    completions = batch.completion_ids[start:end]
+    rows = [batch.prompts[p].prompt_ids + ids for p, ids in zip(owners, completions, strict=True)]
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    positions, targets = [], []
+    for i, (row, ids) in enumerate(zip(rows, completions, strict=True)):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+        first = i * width + len(row) - len(ids) - 1
+        positions.extend(range(first, first + len(ids)))
+        targets.extend(ids)
+    lengths = torch.tensor([len(ids) for ids in completions])
+    token_mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    counts = torch.tensor(batch.counts[start:end])
+    vision, image_rows = _vision(batch.prompts, owners)
+    return ModelInputs(
+        kwargs={"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), **vision},
+        scored=Scored(
+            torch.tensor(positions, device=device),
+            torch.tensor(targets, device=device),
+            None if image_rows is None else torch.tensor(image_rows, device=device),
+        ),
+        token_mask=token_mask.to(device),
+        loss_mask=(token_mask & counts[:, None]).to(device),
+    )
+
+
+def _vision(prompts: list[EncodedPrompt], owners: list[int]) -> tuple[dict[str, Tensor], list[int] | None]:
+    """The vision inputs of the prompts in use, each once, and the tile that fills each slot of the rows."""
+    used = list(dict.fromkeys(owners))
+    names = {name for p in used for name in prompts[p].vision_inputs}
+    inputs = {
+        name: torch.cat([prompts[p].vision_inputs[name] for p in used if prompts[p].vision_inputs]) for name in names
+    }
+    if not inputs:
+        return {}, None
+    tiles: dict[int, range] = {}
+    offset = 0
+    for p in used:
+        count = len(prompts[p].vision_inputs.get("pixel_values", ()))
+        tiles[p] = range(offset, offset + count)
+        offset += count
+    return inputs, [tile for p in owners for tile in tiles[p]]
+
+
+def score(model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the completion tokens, (B, T), zero on padding."""
+    scores = model(scored=inputs.scored, **inputs.kwargs)
+    empty = scores.logprobs.new_zeros(inputs.token_mask.shape)
+    return (
+        empty.masked_scatter(inputs.token_mask, scores.logprobs),
+        empty.masked_scatter(inputs.token_mask, scores.entropies),
+    )
+
+
+def padded(rows: list[Tensor] | None, start: int, end: int, like: Tensor) -> Tensor | None:
+    """Ragged rows `start:end` as a (B, T) tensor of `like`'s shape, zero on padding."""
+    if rows is None:
+        return None
+    out = like.new_zeros(like.shape)
+    for i, row in enumerate(rows[start:end]):
+        out[i, : len(row)] = row
+    return out

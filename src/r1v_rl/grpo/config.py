@@ -1,0 +1,109 @@
+"""Every knob of a GRPO run: TRL's own, with TRL's meaning, and ours on top."""
+
+from dataclasses import dataclass, field, fields
+
+import trl
+
+from r1v_rl.errors import RecipeError
+from r1v_rl.models.parts import PARTS
+
+REFUSED_KEYS = {
+    "cache_implementation": "completions come from vLLM, or from transformers' own default cache",
+    "ds3_gather_for_generation": "weights are gathered for every rollout engine the same way",
+    "log_completions_hub_repo": "every rollout is kept in output_dir/rollouts as parquet; upload that folder",
+    "max_tool_calling_iterations": "tools are not supported",
+    "off_policy_mask_threshold": "use `vllm_importance_sampling_mode` to correct off-policy tokens",
+    "router_aux_loss_coef": "mixture-of-experts models are not supported",
+    "trust_remote_code": "code from a model repository is never run",
+    "use_adaptive_entropy": "use a fixed `entropy_coef`",
+    "use_transformers_continuous_batching": "use `use_vllm: true`",
+    "use_transformers_paged": "use `use_vllm: true`",
+    "vllm_enable_sleep_mode": "not supported; lower `vllm_gpu_memory_utilization`",
+    "vllm_importance_sampling_cap": "TRL renamed it: use `vllm_importance_sampling_clip_max`",
+    "vllm_model_impl": "vLLM's own model classes are used",
+    "vllm_structured_outputs_regex": "a constrained sampler has other log-probabilities than the policy",
+}
+"""TRL keys that are not implemented, each with the reason. Any value but TRL's default is an error, never ignored."""
+
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo")
+
+
+@dataclass
+class GRPOConfig(trl.GRPOConfig):
+    """`trl.GRPOConfig` (1.16) and the keys below. TRL's keys mean what they mean there.
+
+    One default differs: `vllm_importance_sampling_mode` is `token_mask`, since TRL's `sequence_mask` sums the
+    sampler's rounding noise over the completion and so drops long chains of thought.
+    """
+
+    vllm_importance_sampling_mode: str = field(
+        default="token_mask",
+        metadata={"help": "How rollouts are corrected: token_mask, token_truncate, sequence_mask, sequence_truncate."},
+    )
+    trainable: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts that train: any of vision_encoder, projector, language_model; the rest stays frozen. "
+            "Unset = projector and language_model, or the LoRA adapter where there is one."
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; `learning_rate` where unset."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision encoder; `learning_rate` where unset."}
+    )
+    reward_timeout_s: float = field(
+        default=5.0, metadata={"help": "Seconds after which the worker that judges one answer is killed."}
+    )
+    reward_workers: int = field(default=2, metadata={"help": "Processes that judge answers."})
+    format_pattern: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression of a well-formed completion; unset = think, then \\boxed{}."},
+    )
+    answer_kind: str = field(default="math", metadata={"help": "How answers are judged: math, number, choice, text."})
+    vllm_kv_cache_memory_bytes: int | None = field(
+        default=None, metadata={"help": "KV cache of the in-process vLLM, in bytes; unset = vLLM's own measure."}
+    )
+    save_rollouts: bool = field(default=True, metadata={"help": "Keep every rollout in output_dir/rollouts."})
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        self._refuse_unimplemented()
+        self._check_values()
+
+    def _refuse_unimplemented(self) -> None:
+        defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
+        for key, reason in REFUSED_KEYS.items():
+            if getattr(self, key) != defaults[key]:
+                raise RecipeError(f"`{key}` is a TRL key that r1v_rl does not implement: {reason}.")
+        if self.use_vllm and self.vllm_mode != "colocate":
+            raise RecipeError(f"`vllm_mode` must be `colocate` (in process), not `{self.vllm_mode}`.")
+        if self.pad_to_multiple_of is not None:
+            raise RecipeError(
+                f"`pad_to_multiple_of` must be unset, not {self.pad_to_multiple_of}: rows are not padded."
+            )
+
+    def _check_values(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise RecipeError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, not `{self.loss_type}`.")
+        if self.importance_sampling_level not in ("token", "sequence"):
+            raise RecipeError(
+                f"`importance_sampling_level` must be token or sequence, not `{self.importance_sampling_level}`."
+            )
+        if self.scale_rewards not in ("group", "batch", "none"):
+            raise RecipeError(f"`scale_rewards` must be group, batch or none, not `{self.scale_rewards}`.")
+        if self.trainable is not None and (not self.trainable or set(self.trainable) - set(PARTS)):
+            raise RecipeError(f"`trainable` must name parts of {', '.join(PARTS)}; received {self.trainable}.")
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations:
+            raise RecipeError(
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) x steps_per_generation "
+                f"({self.steps_per_generation}) must be a multiple of num_generations ({self.num_generations}), "
+                f"so that every group stays whole on one process."
+            )
+        if self.sync_ref_model and self.beta == 0.0:
+            raise RecipeError("`sync_ref_model` needs a reference model: set `beta` above 0.")

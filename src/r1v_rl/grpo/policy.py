@@ -1,0 +1,123 @@
+"""The policy, its reference and its rollout engine, made from the recipe."""
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
+
+from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.models.logprobs import add_logprob_head
+from r1v_rl.models.parts import freeze_all_but
+from r1v_rl.rollout.engine import RolloutEngine
+from r1v_rl.rollout.hf import TransformersEngine
+from r1v_rl.rollout.prompts import placeholder_ids
+from r1v_rl.rollout.vllm_inprocess import VllmEngine
+from r1v_rl.types import Example
+
+SUPPORTED_MODEL_TYPES = ("internvl",)
+DEFAULT_TRAINABLE = ("projector", "language_model")
+
+
+def load_policy(path: str, args: GRPOConfig) -> PreTrainedModel:
+    """The model in a folder (or of a hub id), in float32 unless `model_init_kwargs` names a dtype."""
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"`{path}` is a `{model_type}` model; the GRPO trainer knows {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+
+
+def prepare_models(
+    model: str | PreTrainedModel, processor: Any, args: GRPOConfig, peft_config: Any
+) -> tuple[nn.Module, nn.Module | None, Any]:
+    """Policy, reference (None without `beta`, and where the policy without its adapter is the reference), processor."""
+    policy = load_policy(model, args) if isinstance(model, str) else model
+    processor = processor or AutoProcessor.from_pretrained(policy.name_or_path)
+    if peft_config is not None and args.trainable is not None:
+        raise RecipeError(
+            "`trainable` and a LoRA adapter exclude each other: name the parts that train in full in "
+            "`lora_modules_to_save`, which is saved with the adapter"
+        )
+    freeze_all_but(policy, list(args.trainable or DEFAULT_TRAINABLE))
+    if args.disable_dropout:
+        disable_dropout_in_model(policy)
+    reference = None
+    if args.beta != 0.0 and peft_config is None:
+        reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    for each in (policy, reference):
+        if each is not None:
+            add_logprob_head(each, temperature=args.temperature, float32_head=args.cast_lm_head_to_fp32)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, peft_config)
+        if args.gradient_checkpointing:
+            policy.enable_input_require_grads()
+    return policy, reference, processor
+
+
+@contextmanager
+def reference_policy(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.Module]:
+    """The model that the KL term is measured against: its own copy, or the policy without its adapter."""
+    if reference is not None:
+        yield reference
+        return
+    with policy.disable_adapter():
+        yield policy
+
+
+def make_engine(policy: nn.Module, processor: Any, args: GRPOConfig, examples: Sequence[Example]) -> RolloutEngine:
+    """vLLM in this process, or transformers' `generate` on the policy itself."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    eos = eos_token_ids(policy, tokenizer)
+    banned = placeholder_ids(policy.config)
+    if not args.use_vllm:
+        return TransformersEngine(policy, tokenizer, eos_token_ids=eos, banned_token_ids=banned)
+    with _model_folder(policy, processor) as folder:
+        return VllmEngine(
+            folder,
+            dtype=_engine_dtype(policy, args),
+            max_model_len=args.vllm_max_model_length,
+            banned_token_ids=banned,
+            eos_token_ids=eos,
+            temperature=args.temperature,
+            max_images=max((len(example.images) for example in examples), default=0),
+            seed=args.seed,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            kv_cache_memory_bytes=args.vllm_kv_cache_memory_bytes,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+        )
+
+
+def eos_token_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion."""
+    ids = policy.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _engine_dtype(policy: nn.Module, args: GRPOConfig) -> str:
+    if args.bf16:
+        return "bfloat16"
+    return str(next(policy.parameters()).dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _model_folder(policy: nn.Module, processor: Any) -> Iterator[str]:
+    """Where vLLM reads configuration, processor and first weights: the model's own folder, or a copy made for it."""
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    if base.name_or_path and (Path(base.name_or_path).is_dir() or not Path(base.name_or_path).is_absolute()):
+        yield base.name_or_path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        yield folder

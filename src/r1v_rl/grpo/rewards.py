@@ -1,0 +1,105 @@
+"""Rewards of whole groups: every function called once a generation, in TRL's signature."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from r1v_rl.errors import RecipeError
+from r1v_rl.grpo.advantages import group_advantages, nan_std, normalised_sum_advantages, weighted_rewards
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.scoring.loader import load_rewards
+from r1v_rl.types import RolloutGroup
+
+
+@dataclass(slots=True)
+class Rewarded:
+    """The rewards of one generation on this process: P prompts, G completions, F functions."""
+
+    names: list[str]
+    """F metric names."""
+    per_function: Tensor
+    """(P, G, F) as the functions returned them; NaN = could not judge."""
+    rewards: Tensor
+    """(P, G) weighted sums."""
+    advantages: Tensor
+    """(P, G)"""
+    extra: dict[str, list] = field(default_factory=dict)
+    """Columns that reward functions logged, P * G values each."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """Metrics that reward functions logged, and the counts of the judging workers."""
+
+
+class RewardStage:
+    """Calls the reward functions on groups and turns what they say into advantages.
+
+    Args:
+        reward_funcs: Registry names, dotted paths, `file.py:function`, or functions.
+        args: Weights, aggregation and scaling of the recipe.
+
+    Raises:
+        RecipeError: If the weights do not match the functions.
+    """
+
+    def __init__(self, reward_funcs: list, args: GRPOConfig):
+        self._args = args
+        self.functions = load_rewards(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args)
+        weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.functions)
+        if len(weights) != len(self.functions):
+            raise RecipeError(
+                f"`reward_weights` has {len(weights)} values for {len(self.functions)} `reward_funcs`: one for each"
+            )
+        self._weights = torch.tensor(weights, dtype=torch.float32)
+
+    def __call__(self, groups: Sequence[RolloutGroup], accelerator: Accelerator, trainer_state: Any) -> Rewarded:
+        extra: dict[str, list] = defaultdict(list)
+        scalars: dict[str, list] = defaultdict(list)
+        arguments = reward_arguments(groups)
+        arguments["trainer_state"] = trainer_state
+        arguments["log_extra"] = lambda column, values: extra[column].extend(values)
+        arguments["log_metric"] = lambda name, value: scalars[name].append(float(value))
+        shape = len(groups), len(groups[0].completions)
+        columns = [torch.tensor([_nan(r) for r in function(**arguments)]).view(shape) for function in self.functions]
+        per_function = torch.stack(columns, dim=-1)
+        rewards = weighted_rewards(per_function, self._weights)
+        return Rewarded(
+            names=[function.name for function in self.functions],
+            per_function=per_function,
+            rewards=rewards,
+            advantages=self._advantages(per_function, rewards, accelerator),
+            extra=dict(extra),
+            scalars={name: sum(values) / len(values) for name, values in scalars.items()},
+        )
+
+    def _advantages(self, per_function: Tensor, rewards: Tensor, accelerator: Accelerator) -> Tensor:
+        def over_all_processes(values: Tensor) -> tuple[Tensor, Tensor]:
+            everywhere = accelerator.gather(values.to(accelerator.device)).cpu()
+            return everywhere.nanmean(), nan_std(everywhere.flatten(), dim=0)
+
+        if self._args.multi_objective_aggregation == "normalize_then_sum":
+            return normalised_sum_advantages(per_function, self._weights, over_all_processes)
+        batch_std = over_all_processes(rewards)[1] if self._args.scale_rewards == "batch" else None
+        return group_advantages(rewards, scale=self._args.scale_rewards, batch_std=batch_std)
+
+
+def reward_arguments(groups: Sequence[RolloutGroup]) -> dict[str, list]:
+    """Keyword arguments of a reward function in TRL's signature: one list of P * G values for each name."""
+    pairs = [(group.example, completion) for group in groups for completion in group.completions]
+    names = dict.fromkeys(name for example, _ in pairs for name in example.columns)
+    columns = {name: [example.columns.get(name) for example, _ in pairs] for name in names}
+    return {
+        **columns,
+        "id": [example.id for example, _ in pairs],
+        "answer": [example.answer for example, _ in pairs],
+        "prompts": [example.messages for example, _ in pairs],
+        "completions": [[{"role": "assistant", "content": completion.text}] for _, completion in pairs],
+        "completion_ids": [completion.token_ids for _, completion in pairs],
+    }
+
+
+def _nan(reward: float | None) -> float:
+    return float("nan") if reward is None else float(reward)

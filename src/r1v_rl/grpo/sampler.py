@@ -1,0 +1,73 @@
+"""Which prompts belong to which generation: a pure function of the seed, so that a resumed run needs no position."""
+
+import numpy
+import torch
+from torch.utils.data import Dataset
+
+from r1v_rl.errors import DataError
+
+
+class PromptSampler:
+    """Cuts an endless stream of epochs, each a permutation of its own, into generations of P prompts.
+
+    Args:
+        num_examples: Rows in the dataset.
+        prompts_per_generation: P, over all processes.
+        micro_steps_per_generation: Forward-backward passes that use one generation (`steps_per_generation` times
+            `num_iterations`).
+        shuffle: Permute each epoch.
+        seed: Of the permutations.
+
+    Raises:
+        DataError: If the dataset has fewer than P rows.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        prompts_per_generation: int,
+        micro_steps_per_generation: int,
+        shuffle: bool,
+        seed: int,
+    ):
+        if num_examples < prompts_per_generation:
+            raise DataError(
+                f"a generation takes {prompts_per_generation} prompts (generation_batch_size / num_generations) and "
+                f"the dataset has {num_examples} rows: add rows or lower per_device_train_batch_size"
+            )
+        self.num_examples = num_examples
+        self.prompts_per_generation = prompts_per_generation
+        self.micro_steps_per_generation = micro_steps_per_generation
+        self.generations_per_epoch = num_examples // prompts_per_generation
+        self._shuffle = shuffle
+        self._seed = seed
+
+    def prompts(self, generation: int, rank: int, world: int) -> list[int]:
+        """Dataset indices of this process's share of a generation; an epoch's incomplete last one is left out."""
+        epoch, position = divmod(generation, self.generations_per_epoch)
+        order = list(range(self.num_examples))
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(self.num_examples, generator=generator).tolist()
+        share = self.prompts_per_generation // world
+        start = position * self.prompts_per_generation + rank * share
+        return order[start : start + share]
+
+
+class MicroSteps(Dataset):
+    """What the trainer's dataloader yields: one empty item for each micro-step of an epoch."""
+
+    def __init__(self, sampler: PromptSampler):
+        self._length = sampler.generations_per_epoch * sampler.micro_steps_per_generation
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict:
+        return {}
+
+
+def generation_seed(seed: int, generation: int, rank: int) -> int:
+    """The sampling seed of one generation on one process: far apart for neighbours."""
+    return int(numpy.random.SeedSequence([seed, generation, rank]).generate_state(1)[0])

@@ -1,0 +1,272 @@
+"""The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
+
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from trl.trainer.callbacks import SyncRefModelCallback
+
+from r1v_rl.data.dataset import examples_from_rows
+from r1v_rl.grpo.batch import GenerationBatch, model_inputs, padded, score
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
+from r1v_rl.grpo.metrics import Metrics, entropy_mask
+from r1v_rl.grpo.optimizer import parameter_groups
+from r1v_rl.grpo.policy import make_engine, prepare_models, reference_policy
+from r1v_rl.grpo.records import completion_records, show_completions
+from r1v_rl.grpo.resume import ExactResume
+from r1v_rl.grpo.rewards import RewardStage
+from r1v_rl.grpo.sampler import PromptSampler, generation_seed
+from r1v_rl.rollout.engine import RolloutEngine, Sampling
+from r1v_rl.rollout.prompts import encode_prompt
+from r1v_rl.tracking.completions import RolloutStore
+from r1v_rl.types import Example, RolloutGroup
+
+
+class GRPOTrainer(ExactResume, Trainer):
+    """Multimodal GRPO on `transformers.Trainer`, with TRL's constructor and TRL's metric names.
+
+    Args:
+        model: A vision-language (or text) model, or the folder or hub id of one.
+        reward_funcs: Registry names, dotted paths, `file.py:function`, or functions with TRL's signature.
+        args: The recipe.
+        train_dataset: `datasets.Dataset` (columns as in the README), a list of rows, or a list of `Example`.
+        eval_dataset: Likewise; reported as `eval_*` on greedy completions.
+        processing_class: The processor; that of `model` where unset.
+        callbacks: As in `transformers.Trainer`.
+        optimizers: As in `transformers.Trainer`.
+        peft_config: Train a LoRA adapter of this configuration instead of whole parts.
+        engine: Another rollout engine than the recipe's.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: list,
+        args: GRPOConfig,
+        train_dataset: Dataset | list,
+        eval_dataset: Dataset | list | None = None,
+        processing_class: ProcessorMixin | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+        engine: RolloutEngine | None = None,
+    ):
+        policy, self.ref_model, processor = prepare_models(model, processing_class, args, peft_config)
+        self.train_examples = _examples(train_dataset)
+        self.eval_examples = _examples(eval_dataset) if eval_dataset is not None else None
+        super().__init__(
+            model=policy,
+            args=args,
+            train_dataset=self.train_examples,
+            eval_dataset=self.eval_examples,
+            processing_class=processor,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            compute_loss_func=policy_loss,  # tells transformers that the loss does its own scaling
+        )
+        self.sampler = PromptSampler(
+            len(self.train_examples),
+            prompts_per_generation=args.generation_batch_size // args.num_generations,
+            micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+            shuffle=bool(args.shuffle_dataset),
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self.reward_stage = RewardStage(reward_funcs, args)
+        self.metrics = Metrics(self.accelerator)
+        rank = self.accelerator.process_index
+        self.rollout_store = RolloutStore(args.output_dir, rank=rank) if args.save_rollouts else None
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._engine = engine
+        self._engine_version: int | None = None
+        self._buffer: GenerationBatch | None = None
+        self._buffered_generation = -1
+        self._micro_step = 0
+        self._step_seconds = 0.0
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch: rollout if its turn has come, forward, backward."""
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_step += 1
+        self._step_seconds += time.perf_counter() - started
+        if self.accelerator.sync_gradients:
+            self.metrics.add("step_time", self._step_seconds)
+            self._step_seconds = 0.0
+        return loss
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """The rows of this micro-step, from the buffered generation batch or a fresh one."""
+        generation, position = divmod(self._micro_step, self.sampler.micro_steps_per_generation)
+        if self._buffer is None or self._buffered_generation != generation:
+            self._buffer = None  # free the old images before the new ones are read
+            self._buffer = self._rollout(generation)
+            self._buffered_generation = generation
+        start = position % self.args.steps_per_generation * self.args.per_device_train_batch_size
+        return {"start": start, "end": start + self.args.per_device_train_batch_size}
+
+    def _rollout(self, generation: int) -> GenerationBatch:
+        """Sample, reward and centre the groups of one generation; what the update needs of them."""
+        device = self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        examples = [self.train_examples[i] for i in self.sampler.prompts(generation, rank, world)]
+        with self.metrics.timed("encode"):
+            template_kwargs = self.args.chat_template_kwargs
+            prompts = [
+                encode_prompt(self.processing_class, example, device=device, template_kwargs=template_kwargs)
+                for example in examples
+            ]
+        with self.metrics.timed("sync"):
+            self._sync_engine()
+        with self.metrics.timed("generate"):
+            seed = generation_seed(self.args.seed, generation, rank)
+            completions = self.engine.generate(prompts, self._sampling(), seed=seed)
+        groups = [
+            RolloutGroup(p.example, p.prompt_ids, c, self.state.global_step)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        with self.metrics.timed("reward"):
+            rewarded = self.reward_stage(groups, self.accelerator, self.state)
+        batch = self._generation_batch(prompts, groups, rewarded.advantages)
+        with self.metrics.timed("score"):
+            self._score_old_and_reference(batch)
+        self.metrics.add_rollout(groups, rewarded)
+        records = completion_records(prompts, groups, rewarded)
+        if self.rollout_store is not None:
+            self.rollout_store.write(generation, records)
+        if self.args.log_completions and self.accelerator.is_main_process:
+            limit = self.args.num_completions_to_print or 4
+            show_completions(self.callback_handler.callbacks, self.state.global_step, records, limit)
+        return batch
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """The policy loss of rows `start:end` of the buffered generation batch."""
+        batch, start, end = self._buffer, inputs["start"], inputs["end"]
+        assert batch is not None
+        rows = model_inputs(
+            batch, start, end, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device
+        )
+        logprobs, entropies = score(model, rows)
+        loss_inputs = LossInputs(
+            logprobs=logprobs,
+            entropies=entropies,
+            advantages=batch.advantages[start:end],
+            mask=rows.loss_mask,
+            old_logprobs=padded(batch.old_logprobs, start, end, logprobs),
+            reference_logprobs=padded(batch.reference_logprobs, start, end, logprobs),
+            sampler_logprobs=padded(self._correctable(batch), start, end, logprobs),
+        )
+        steps = self.current_gradient_accumulation_steps
+        share = steps / self.args.steps_per_generation
+        normalisation = Normalisation(steps, torch.tensor(batch.process_tokens * share, device=logprobs.device))
+        kept = entropy_mask(entropies.detach(), rows.loss_mask, self.args.top_entropy_quantile, self.accelerator)
+        loss, stats = policy_loss(loss_inputs, self.args, normalisation, kept)
+        self.metrics.add_update(
+            loss_inputs, stats, sampler_logprobs=padded(batch.sampler_logprobs, start, end, logprobs)
+        )
+        return loss
+
+    # ---- parts of the loop ----------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The rollout engine, made at first use, after accelerate's process group."""
+        if self._engine is None:
+            self._engine = make_engine(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                self.args,
+                [*self.train_examples, *(self.eval_examples or [])],
+            )
+        return self._engine
+
+    def _sync_engine(self) -> None:
+        if self._engine_version != self.state.global_step:
+            self.engine.sync_weights(self.accelerator.unwrap_model(self.model))
+            self._engine_version = self.state.global_step
+
+    def _sampling(self) -> Sampling:
+        args = self.args
+        return Sampling(
+            num_generations=args.num_generations,
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            extra=args.generation_kwargs or {},
+        )
+
+    def _generation_batch(self, prompts: list, groups: list[RolloutGroup], advantages: Tensor) -> GenerationBatch:
+        completions = [c for group in groups for c in group.completions]
+        counts = [not (self.args.mask_truncated_completions and c.is_truncated) for c in completions]
+        tokens = sum(len(c.token_ids) for c, counted in zip(completions, counts, strict=True) if counted)
+        device = self.accelerator.device
+        total = self.accelerator.reduce(torch.tensor(float(tokens), device=device), reduction="sum").item()
+        return GenerationBatch(
+            prompts=prompts,
+            completion_ids=[c.token_ids for c in completions],
+            counts=counts,
+            advantages=advantages.flatten().to(device),
+            process_tokens=max(total, 1.0) / self.accelerator.num_processes,
+            weight_version=self.state.global_step,
+            sampler_logprobs=[torch.tensor(c.logprobs, device=device) for c in completions]
+            if all(len(c.logprobs) == len(c.token_ids) for c in completions)
+            else None,
+        )
+
+    @torch.no_grad()
+    def _score_old_and_reference(self, batch: GenerationBatch) -> None:
+        """Log-probabilities of the sampling policy and of the reference, where the loss cannot do without them."""
+        several_updates = self.args.gradient_accumulation_steps % self.sampler.micro_steps_per_generation != 0
+        if several_updates:  # else the old policy is the present one
+            batch.old_logprobs = self._score_all(self.model_wrapped, batch)
+        if self.args.beta != 0.0:
+            with reference_policy(self.ref_model, self.accelerator.unwrap_model(self.model)) as reference:
+                batch.reference_logprobs = self._score_all(reference, batch)
+
+    def _score_all(self, model: nn.Module, batch: GenerationBatch) -> list[Tensor]:
+        size, rows = self.args.per_device_train_batch_size, []
+        for start in range(0, len(batch.completion_ids), size):
+            end = min(start + size, len(batch.completion_ids))
+            inputs = model_inputs(
+                batch, start, end, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device
+            )
+            logprobs, _ = score(model, inputs)
+            rows += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
+        return rows
+
+    # ---- what transformers.Trainer asks for -------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, self.args, decayed=set(self.get_decay_parameter_names(model)))
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, **self.metrics.flush()}, start_time)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        return 0  # transformers' estimate knows nothing of groups
+
+    def _correctable(self, batch: GenerationBatch) -> list[Tensor] | None:
+        return batch.sampler_logprobs if self.args.vllm_importance_sampling_correction else None
+
+
+def _examples(dataset: Dataset | list) -> list[Example]:
+    if len(dataset) and isinstance(dataset[0], Example):
+        return list(dataset)
+    return examples_from_rows(dataset, images_without_marks="prepend", answer_required=False)

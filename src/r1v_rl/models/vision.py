@@ -1,0 +1,60 @@
+"""The vision tower runs once per unique image, and without a graph where it is frozen."""
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from r1v_rl.models.parts import part_module
+
+
+class VisionOnce:
+    """Hands every row of a group the features of one image, computed once.
+
+    transformers' models take one image per placeholder run, so G completions of one prompt would need G copies of the
+    pixels and G passes of the tower. Here the model gets the unique pixels, and its own `get_image_features` is
+    followed by an index that repeats the *features*; the gradients of all copies add up in it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._rows: Tensor | None = None
+        backbone = model.base_model
+        if not hasattr(backbone, "get_image_features"):
+            return  # a text-only model
+        original = backbone.get_image_features
+
+        def get_image_features(module, *args, **kwargs):
+            outputs = original(*args, **kwargs)
+            if self._rows is not None:
+                outputs.pooler_output = outputs.pooler_output[self._rows]
+            return outputs
+
+        backbone.get_image_features = types.MethodType(get_image_features, backbone)
+        _run_without_graph_where_frozen(part_module(model, "vision_encoder"))
+
+    @contextmanager
+    def repeated(self, rows: Tensor | None) -> Iterator[None]:
+        """Within it, feature row `rows[i]` fills the i-th tile slot of the batch."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+
+def _run_without_graph_where_frozen(tower: nn.Module) -> None:
+    """A tower without a trainable parameter runs in eval mode under `no_grad`, whatever hooks gradient checkpointing
+    has put on its embeddings."""
+    original = tower.forward
+
+    def forward(module, *args, **kwargs):
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            return original(*args, **kwargs)
+        if module.training:
+            module.eval()
+        with torch.no_grad():
+            return original(*args, **kwargs)
+
+    tower.forward = types.MethodType(forward, tower)

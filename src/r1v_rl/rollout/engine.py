@@ -1,0 +1,39 @@
+"""What a rollout engine is: something that samples completions of prompts, with weights it is given."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from r1v_rl.rollout.prompts import EncodedPrompt
+from r1v_rl.types import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn."""
+
+    num_generations: int
+    max_tokens: int
+    temperature: float = 1.0
+    """0 takes the most likely token; `num_generations` must be 1 then."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+    """The recipe's `generation_kwargs`, in the engine's own names."""
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples completions. Implementations: `rollout.hf` (reference) and `rollout.vllm_inprocess`."""
+
+    def sync_weights(self, policy: nn.Module) -> None:
+        """Take over the policy's present weights, and forget everything computed with older ones."""
+        ...
+
+    def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
+        """`num_generations` completions for each prompt, in order; the same seed and weights give the same ones."""
+        ...

@@ -1,0 +1,50 @@
+"""A prompt as models see it: its images decoded and processed once, whatever the number of completions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from r1v_rl.data.chat import prompt_text
+from r1v_rl.data.images import load_image
+from r1v_rl.types import Example
+
+
+@dataclass(slots=True)
+class EncodedPrompt:
+    """One prompt, ready for the policy and for every rollout engine."""
+
+    example: Example
+    text: str
+    """The chat template's text, with one placeholder per image."""
+    images: list[Image.Image]
+    text_ids: list[int]
+    """Its token ids, not expanded: what vLLM takes."""
+    prompt_ids: list[int]
+    """Token ids with one placeholder per visual token: what the policy takes."""
+    vision_inputs: dict[str, Tensor]
+    """`pixel_values` (K tiles first) and what else the model wants; empty for a text-only prompt."""
+
+
+def encode_prompt(
+    processor: Any, example: Example, *, device: Any, template_kwargs: dict | None = None
+) -> EncodedPrompt:
+    """Render the chat template, decode and process the images once, and move the pixels to `device`."""
+    text = prompt_text(processor, example, template_kwargs)
+    images = [load_image(source) for source in example.images]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not images:
+        return EncodedPrompt(example, text, [], text_ids, text_ids, {})
+    inputs = processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
+    prompt_ids = inputs.pop("input_ids")[0].tolist()
+    inputs.pop("attention_mask", None)
+    return EncodedPrompt(example, text, images, text_ids, prompt_ids, {k: v.to(device) for k, v in inputs.items()})
+
+
+def placeholder_ids(model_config: Any) -> list[int]:
+    """Ids of the tokens that stand for an image or a video: a policy that samples one would end the run."""
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    ids = {getattr(model_config, name, None) for name in names}
+    return sorted(i for i in ids if i is not None)

@@ -1,0 +1,150 @@
+"""Rollouts by vLLM inside the training process: unique prompts with `n` completions, weights handed over in memory."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import nn
+
+from r1v_rl.errors import UserError
+from r1v_rl.rollout.engine import Sampling
+from r1v_rl.rollout.prompts import EncodedPrompt
+from r1v_rl.rollout.weights import disk_weights
+from r1v_rl.runtime import children_prepared
+from r1v_rl.types import Completion
+
+_BAN = -100.0  # added to a logit: the token is never drawn, and reported log-probabilities stay the raw ones
+
+
+class VllmEngine:
+    """One vLLM engine in this process.
+
+    Create accelerate's state first: the engine makes a process group of its own where there is none.
+
+    Args:
+        model: Folder (or hub id) of the starting model; its weights are replaced at the first sync.
+        dtype: That of the policy, so that both compute the same.
+        max_model_len: Longest prompt plus completion, in tokens.
+        banned_token_ids: Never sampled (image placeholders).
+        eos_token_ids: A completion that ends on one of them was not truncated.
+        temperature: Of the run; log-probabilities are reported at it.
+        max_images: Most images in one prompt.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        banned_token_ids: list[int],
+        eos_token_ids: list[int],
+        temperature: float,
+        max_images: int,
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.3,
+        kv_cache_memory_bytes: int | None = None,
+        tensor_parallel_size: int = 1,
+    ):
+        self._banned = banned_token_ids
+        self._eos = set(eos_token_ids)
+        on_cpu = not torch.cuda.is_available()
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if on_cpu:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the first sampled batch would compile for 9 s
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        with _random_states_kept(), children_prepared():
+            from vllm import LLM
+
+            self._llm = LLM(
+                model=model,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                seed=seed,
+                enforce_eager=on_cpu,
+                gpu_memory_utilization=gpu_memory_utilization,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                tensor_parallel_size=tensor_parallel_size,
+                limit_mm_per_prompt={"image": max_images} if max_images else None,
+                logprobs_mode="raw_logprobs" if temperature in (0.0, 1.0) else "processed_logprobs",
+                disable_log_stats=True,
+            )
+
+    def sync_weights(self, policy: nn.Module) -> None:
+        weights = disk_weights(policy)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.reset_caches()
+
+    def reset_caches(self) -> None:
+        """Forget prefixes and image features of older weights. The three go together: with one of them left, features
+        are looked up that are no longer there, or old ones are used."""
+        self._llm.reset_prefix_cache()
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
+        requests = [self._request(prompt) for prompt in prompts]
+        seeds = numpy.random.SeedSequence(seed).generate_state(len(prompts))  # vLLM adds 0..n-1 for the n completions
+        parameters = [self._parameters(sampling, int(request_seed)) for request_seed in seeds]
+        with _random_states_kept():
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            if list(output.prompt_token_ids) != prompt.prompt_ids:
+                raise UserError(
+                    f"row {prompt.example.id}: vLLM reads the prompt as {len(output.prompt_token_ids)} tokens, the "
+                    f"policy as {len(prompt.prompt_ids)}: the processor in the model folder differs from the one in use"
+                )
+        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+
+    @staticmethod
+    def _request(prompt: EncodedPrompt) -> dict:
+        request: dict = {"prompt_token_ids": prompt.text_ids}
+        if prompt.images:
+            request["multi_modal_data"] = {"image": prompt.images}
+        return request
+
+    def _parameters(self, sampling: Sampling, seed: int):
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            **{
+                "n": sampling.num_generations,
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p or 0.0,
+                "repetition_penalty": sampling.repetition_penalty,
+                "seed": seed,
+                "logprobs": 0,
+                "logit_bias": dict.fromkeys(self._banned, _BAN) or None,
+                **sampling.extra,
+            }
+        )
+
+    def _completion(self, sample) -> Completion:
+        token_ids = list(sample.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=sample.text,
+            is_truncated=not token_ids or token_ids[-1] not in self._eos,
+        )
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """vLLM reseeds torch, random and numpy when it starts, and draws from torch's stream when it samples: training
+    must not depend on either."""
+    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])

@@ -1,0 +1,26 @@
+"""The policy's weights under the names of its files on disk, which is what inference engines read."""
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+
+@torch.no_grad()
+def disk_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """Every weight by its name on disk, LoRA merged in; the policy itself is not touched.
+
+    A tied head is listed under its own name too: an engine that keeps a copy of it would go stale otherwise.
+    """
+    if not hasattr(policy, "peft_config"):
+        return revert_weight_conversion(policy, dict(policy.state_dict()))
+    base = policy.get_base_model()
+    weights = {
+        name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
+        for name, tensor in base.state_dict().items()
+        if "lora_" not in name and ".original_module." not in name
+    }
+    for name, module in base.named_modules():
+        for adapter in getattr(module, "active_adapters", []) if hasattr(module, "get_delta_weight") else []:
+            if adapter in module.lora_A:
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(adapter)
+    return revert_weight_conversion(base, weights)
