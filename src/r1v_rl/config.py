@@ -81,6 +81,16 @@ class DataConfig:
             raise RecipeError(f"images_without_marks must be refuse or prepend, received {self.images_without_marks!r}")
 
 
+@dataclass
+class RewardConfig:
+    """What a run rewards; the weights and the graders' settings are keys of the stage itself."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={"help": "Any of accuracy, format, module.function, path/file.py:function."},
+    )
+
+
 def parse_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: str = "r1v-rl") -> tuple[Any, ...]:
     """One instance of each class, from `--config FILE.yaml --key value ...`; the command line overrides the file.
 
