@@ -98,20 +98,26 @@ def test_equal_answers_are_judged_once_even_if_they_time_out(pool):
     assert time.monotonic() - started < 2 * DEADLINE_S
 
 
-def test_a_worker_that_is_shot_is_replaced_and_its_answer_judged_again(pool):
-    pool.judge_answers([r"\boxed{x+1}"], ["1+x"])
-    for pid in pool.worker_pids():
+def test_idle_workers_that_are_shot_are_replaced(pool):
+    pool.judge_answers([HANGS["tower"], r"\boxed{x+1}"], ["5", "1+x"], timeout_s=0.1)
+    pool.judge_answers([rf"\boxed{{x+{i}}}" for i in range(2, 40)], [f"{i}+x" for i in range(2, 40)])
+    pids = pool.worker_pids()
+    assert len(pids) == 2
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
+    assert wait_until_gone(pids)
     assert pool.judge_answers([r"\boxed{x+3}"], ["3+x"])[0].reason == "right"
 
 
-def test_an_answer_on_which_the_worker_dies_twice_cannot_be_judged():
+@pytest.mark.parametrize(("num_shots", "correct", "reason"), [(1, False, "timeout"), (2, None, "crashed")])
+def test_an_answer_is_tried_again_after_the_first_death_of_its_worker_only(num_shots, correct, reason):
     with GraderPool(num_workers=1) as pool:
         pool.judge_answers([r"\boxed{x+1}"], ["1+x"])
         shot = set()
 
         def shoot():
-            while len(shot) < 2:
+            end = time.monotonic() + 3.0
+            while len(shot) < num_shots and time.monotonic() < end:
                 for pid in set(pool.worker_pids()) - shot:
                     time.sleep(0.1)
                     os.kill(pid, signal.SIGKILL)
@@ -120,9 +126,9 @@ def test_an_answer_on_which_the_worker_dies_twice_cannot_be_judged():
 
         marksman = threading.Thread(target=shoot)
         marksman.start()
-        (verdict,) = pool.judge_answers([HANGS["tower"]], ["5"], timeout_s=5.0)
+        (verdict,) = pool.judge_answers([HANGS["tower"]], ["5"], timeout_s=0.8)
         marksman.join()
-        assert (verdict.correct, verdict.reason) == (None, "crashed")
+        assert (verdict.correct, verdict.reason) == (correct, reason)
         assert pool.judge_answers([r"\boxed{x+1}"], ["1+x"])[0].correct
 
 
@@ -148,17 +154,21 @@ def test_close_leaves_no_process():
 
 def test_graders_die_with_the_process_that_uses_them_also_in_the_middle_of_an_answer():
     script = (
-        "import threading, time\nfrom r1v_rl.scoring import GraderPool\npool = GraderPool(2)\n"
+        "import os, threading, time\nfrom r1v_rl.scoring import GraderPool\npool = GraderPool(2)\n"
         "pool.judge_answers([r'\\boxed{x+1}', r'\\boxed{x+2}'], ['1+x', '2+x'])\n"
         f"hang = lambda: pool.judge_answers([r'{HANGS['tower']}'], ['5'], timeout_s=60)\n"
         "threading.Thread(target=hang).start()\n"
-        "time.sleep(0.3)\nprint(*pool.worker_pids(), pool._forker._process.pid, flush=True)\ntime.sleep(60)\n"
+        "time.sleep(0.3)\nbystander = os.fork()\nif bystander == 0: time.sleep(60)\n"
+        "print(bystander, *pool.worker_pids(), pool._forker._process.pid, flush=True)\ntime.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as trainer:
-        pids = [int(word) for word in trainer.stdout.readline().split()]
-        assert len(pids) == 3 and all(map(exists, pids))
+        bystander, *pids = [int(word) for word in trainer.stdout.readline().split()]
         trainer.kill()
-    assert wait_until_gone(pids)
+    try:  # a data loader, say, that outlives its trainer and holds copies of the sockets
+        assert len(pids) == 3 and exists(bystander)
+        assert wait_until_gone(pids)
+    finally:
+        os.kill(bystander, signal.SIGKILL)
 
 
 def test_a_forked_process_gets_graders_of_its_own(pool):
