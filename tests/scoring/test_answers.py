@@ -129,6 +129,13 @@ def test_a_choice_is_one_letter_or_its_text(gold, answer, choices, correct):
     assert quick_verdict(answer, gold, "choice", choices).correct is correct
 
 
+@pytest.mark.parametrize(
+    ("answer", "correct"), [("5", True), ("05", True), ("50", False), ("6", False), ("5" * 99, False)]
+)
+def test_whole_numbers_take_the_shortest_way(answer, correct):
+    assert quick_verdict(answer, "5").correct is correct
+
+
 def test_words_are_words_and_not_products_of_letters():
     assert quick_verdict("silent", r"\text{listen}").correct is False
     assert quick_verdict(r"\text{Listen}", r"\text{listen}").correct is True

@@ -115,6 +115,10 @@ def quick_verdict(answer: str, gold: str, kind: str = "math", choices: Sequence[
         return _choice_verdict(answer, gold, choices)
     if kind == "text":
         return verdict(plain_text(answer) == plain_text(gold), answer)
+    if answer == gold:
+        return verdict(True, answer)
+    if answer.isdecimal() and gold.isdecimal() and answer.isascii() and gold.isascii():
+        return verdict(answer.lstrip("0") == gold.lstrip("0"), answer)
     if normalised(answer) == normalised(gold):
         return verdict(True, answer)
     if _is_words(gold):
