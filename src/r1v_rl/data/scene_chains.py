@@ -3,9 +3,9 @@
 from collections import Counter
 from random import Random
 
-from r1v_rl.data.scene_questions import Question, Scene, Thing, attribute_of
+from r1v_rl.data.scene_questions import CELLS, Question, Scene, Thing, attribute_of
 
-CELL_NAMES = tuple(row + column for row in "abcdef" for column in "123")
+CELL_NAMES = (*CELLS, *[row + column for row in "def" for column in "123"])
 """a1..c3 are the first picture's cells in raster order, d1..f3 the second's."""
 DESCRIBE = "Describe the picture."
 EXPLAIN = "Explain."

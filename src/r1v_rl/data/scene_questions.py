@@ -9,7 +9,8 @@ from random import Random
 COLORS = ("red", "blue", "green", "yellow")
 SHAPES = ("circle", "square", "triangle")
 DIGITS = tuple(range(1, 10))
-NUM_CELLS = 9
+CELLS = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
+NUM_CELLS = len(CELLS)
 KINDS = ("count", "sum", "difference", "compare", "frequent")
 KINDS_OF_TWO = ("count", "sum", "difference", "compare")
 EMPTY = "."
@@ -83,6 +84,11 @@ _TEMPLATES = {
 def written_scene(scene: Scene) -> str:
     """The scene as nine words in raster order, one per cell: the canonical text that hashes and prompts share."""
     return " ".join(thing.word if thing else EMPTY for thing in scene)
+
+
+def positioned_scene(scene: Scene) -> str:
+    """The scene as it stands in a text-only prompt: each cell's word begins with the cell's name, `a1-red-circle-3`."""
+    return " ".join(f"{name}-{thing.word if thing else 'empty'}" for name, thing in zip(CELLS, scene, strict=True))
 
 
 def parse_scene(text: str) -> Scene:

@@ -1,7 +1,7 @@
 """The dataset `scenes`: rows without limit from a seed; train and held-out rows share no scene.
 
 A row's pictures stand where its problem has `<image>`; a text-only row has the scene written out instead, one word per
-cell between `<img>` and `</img>`, which is how a picture's nine visual tokens stand in a prompt.
+cell (`a1-red-circle-3`, `a2-empty`) between `<img>` and `</img>`, as a picture's nine visual tokens stand in a prompt.
 """
 
 from collections import Counter, defaultdict
@@ -13,7 +13,15 @@ from typing import Any
 from PIL import Image
 
 from r1v_rl.data.scene_pictures import draw_scene
-from r1v_rl.data.scene_questions import KINDS, KINDS_OF_TWO, Question, Scene, sample_question, written_scene
+from r1v_rl.data.scene_questions import (
+    KINDS,
+    KINDS_OF_TWO,
+    Question,
+    Scene,
+    positioned_scene,
+    sample_question,
+    written_scene,
+)
 from r1v_rl.errors import DataError
 
 SPLITS = ("train", "heldout")
@@ -34,7 +42,7 @@ class SceneItem:
 
     @property
     def problem(self) -> str:
-        marks = [IMAGE_MARK if self.num_images else f"<img> {written_scene(s)}</img>" for s in self.scenes]
+        marks = [IMAGE_MARK if self.num_images else f"<img> {positioned_scene(s)}</img>" for s in self.scenes]
         return "\n".join([*marks, self.question.text])
 
     def pictures(self) -> list[Image.Image]:

@@ -12,12 +12,12 @@ from tqdm import tqdm
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from r1v_rl.data.scene_pictures import PICTURE_SIZE, draw_scene
-from r1v_rl.data.scene_questions import COLORS, SHAPES, Scene, sample_scene
+from r1v_rl.data.scene_questions import COLORS, NUM_CELLS, SHAPES, Scene, sample_scene
 from r1v_rl.models.compose import image_processor, shuffled_features
 from r1v_rl.tiny.optimizers import muon_and_adamw, step_all, warm_and_decay
 
 logger = logging.getLogger(__name__)
-HEADS = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "digit": 10}
+HEADS = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "digit": 10, "cell": NUM_CELLS}
 
 
 def encoder_config() -> InternVLVisionConfig:
@@ -35,11 +35,12 @@ def encoder_config() -> InternVLVisionConfig:
 
 
 def cell_labels(scenes: list[Scene]) -> dict[str, Tensor]:
-    """For each head the class of every cell, (pictures, 9); class 0 is an empty cell."""
+    """For each head the class of every cell, (pictures, 9); class 0 is an empty cell, but for `cell`, its place."""
     return {
         "color": torch.tensor([[COLORS.index(t.color) + 1 if t else 0 for t in s] for s in scenes]),
         "shape": torch.tensor([[SHAPES.index(t.shape) + 1 if t else 0 for t in s] for s in scenes]),
         "digit": torch.tensor([[t.digit if t else 0 for t in s] for s in scenes]),
+        "cell": torch.arange(NUM_CELLS).repeat(len(scenes), 1),
     }
 
 

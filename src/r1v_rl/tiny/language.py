@@ -4,6 +4,7 @@ import logging
 import time
 from collections import defaultdict
 from functools import partial
+from itertools import accumulate, product
 from pathlib import Path
 from random import Random
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from r1v_rl.data.scene_questions import COLORS, DIGITS, SHAPES
+from r1v_rl.data.scene_questions import CELLS, COLORS, DIGITS, SHAPES
 from r1v_rl.tiny.lessons import lesson_batches, sample_lesson
 from r1v_rl.tiny.optimizers import muon_and_adamw, step_all, warm_and_decay
-from r1v_rl.tiny.tokenizer import build_tokenizer, cell_words
+from r1v_rl.tiny.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def language_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=288,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -39,24 +40,26 @@ def language_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
 
 
 class CellEmbedding(nn.Module):
-    """Word embeddings in which a written cell is the sum of its colour, shape and digit, with noise in training.
+    """Word embeddings in which a written cell is the sum of its place, colour, shape and digit, with noise in training.
 
-    A projector that can write three attributes can then write any cell; the noise leaves room for imprecision.
+    A projector that can write these attributes can then write any cell; the noise leaves room for imprecision.
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        num_cells = len(cell_words())
-        self.words = nn.Parameter(weight[:-num_cells].clone())
-        self.attributes = nn.Parameter(
-            torch.randn(1 + len(COLORS) + len(SHAPES) + len(DIGITS), weight.shape[1]) * weight.std()
-        )
-        first_shape, first_digit = 1 + len(COLORS), 1 + len(COLORS) + len(SHAPES)
-        members = torch.zeros(num_cells, len(self.attributes))
-        members[0, 0] = 1
-        triples = [(1 + c, first_shape + s, first_digit + d) for c in range(4) for s in range(3) for d in range(9)]
-        for row, triple in enumerate(triples, start=1):
-            members[row, list(triple)] = 1
+        cells, colors, shapes, digits = len(CELLS), len(COLORS), len(SHAPES), len(DIGITS)
+        num_words = cells * (1 + colors * shapes * digits)
+        firsts = accumulate((cells, 1, colors, shapes), initial=0)
+        cell_0, empty, color_0, shape_0, digit_0 = firsts
+        self.words = nn.Parameter(weight[:-num_words].clone())
+        self.attributes = nn.Parameter(torch.randn(digit_0 + digits, weight.shape[1]) * weight.std())
+        contents = [
+            (empty,),
+            *product(range(color_0, shape_0), range(shape_0, digit_0), range(digit_0, digit_0 + digits)),
+        ]
+        members = torch.zeros(num_words, len(self.attributes))
+        for row, (cell, content) in enumerate(product(range(cell_0, cells), contents)):
+            members[row, [cell, *content]] = 1
         self.register_buffer("members", members)
 
     def table(self) -> Tensor:

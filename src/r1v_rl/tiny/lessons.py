@@ -17,7 +17,7 @@ from r1v_rl.data.scene_chains import (
     look_up,
     reasoned_completion,
 )
-from r1v_rl.data.scene_questions import KINDS, KINDS_OF_TWO, Scene, sample_question, written_scene
+from r1v_rl.data.scene_questions import KINDS, KINDS_OF_TWO, Scene, positioned_scene, sample_question
 from r1v_rl.tiny.tokenizer import END
 
 SUBSTITUTE_MIX = {"direct": 25, "explain": 40, "describe": 20, "look_up": 15}
@@ -35,7 +35,7 @@ class Lesson:
 
 def written_prompt(scenes: tuple[Scene, ...], text: str, *, opens_think: bool) -> str:
     """What the chat template makes of a written scene and a question."""
-    blocks = [f"<img> {written_scene(s)}</img>" for s in scenes]
+    blocks = [f"<img> {positioned_scene(s)}</img>" for s in scenes]
     user = "\n".join([*blocks, text])
     return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n" + ("<think>\n" if opens_think else "")
 

@@ -7,25 +7,26 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from r1v_rl.data.scene_chains import CELL_NAMES
-from r1v_rl.data.scene_questions import COLORS, DIGITS, EMPTY, SHAPES, Thing
+from r1v_rl.data.scene_questions import CELLS, COLORS, DIGITS, SHAPES, Thing
 from r1v_rl.models.compose import IMAGE_TOKENS
 
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
 SPECIAL = (PAD, "<|im_start|>", END, *IMAGE_TOKENS.values())
 THINK = ("<think>", "</think>")
-MAX_NUMBER = 99
+MAX_NUMBER = 60
 
-_WORDS = """
-system user assistant a about after all an and answer any are as asks assign assistant at be before between both box
-boxed by can carefully cell cells color colors compare correct count describe detail difference digit do each empty
-equal every explain fewer final find first following for frequent from give given grid has have help helpful how image
-images in inside is it its largest less letter list look many more most name no not number numbers object objects of
-on one only option or other picture pictures please provide put question questions reason reasoning second see shape
-shapes show shown shows smallest so solution step sum sums than that the their them then there these they think this
-three to together total two up use user what where which with within yes you your red blue green yellow circle circles
-square squares triangle triangles A B C D E How What Which Are Is Look About Describe Explain Answer Think Count Give
-You Please First Let The It There In Where
+_FIRST_WORDS = """
+system user assistant yes no red blue green yellow circle square triangle more fewer equal first second
+A B C D E How What Which Are Is Look About Describe Explain Answer Think Count Give Please First Let The There In Where
+""".split()  # noqa: SIM905
+_INNER_WORDS = """
+a about and answer Answer Describe Explain Give Put any are as at be between both box boxed by can carefully cell
+color compare count describe difference digit each empty equal explain fewer final find first for frequent from give
+grid has have how image images in is it largest less list many more most no not number numbers object objects of on
+one or other picture pictures put question reason second see shape shapes show smallest step sum sums than that the
+then there think to together total two up what where which with yes you your red blue green yellow circle circles
+square squares triangle triangles
 """.split()  # noqa: SIM905
 
 # A piece is a newline, the box, or one word / number / mark with the space before it, if there is one.
@@ -48,17 +49,17 @@ DIRECT_TEMPLATE = CHAT_TEMPLATE + "{% endif -%}"
 
 
 def cell_words() -> list[str]:
-    """Every word that a written cell can be, with its leading space: the empty cell, then colour x shape x digit."""
-    return [f" {EMPTY}"] + [f" {Thing(c, s, d).word}" for c in COLORS for s in SHAPES for d in DIGITS]
+    """Every word that a written cell can be, with its leading space: cell by cell, empty and then every object."""
+    contents = ["empty", *[Thing(c, s, d).word for c in COLORS for s in SHAPES for d in DIGITS]]
+    return [f" {cell}-{content}" for cell in CELLS for content in contents]
 
 
 def vocabulary() -> list[str]:
     """All tokens in id order. The written cells come last, so that their embeddings are one block."""
     marks = ["\n", " ", "\\boxed{", "}", *[f"{space}{mark}" for mark in "?.,:;|-+=" for space in ("", " ")]]
-    words = dict.fromkeys([*_WORDS, *CELL_NAMES, *map(str, range(MAX_NUMBER + 1))])
-    tokens = [*SPECIAL, "<unk>", *THINK, *marks, *[f"{space}{word}" for word in words for space in ("", " ")]]
-    cells = cell_words()
-    return [t for t in dict.fromkeys(tokens) if t not in cells] + cells
+    numbers = [f"{space}{number}" for number in range(MAX_NUMBER + 1) for space in ("", " ")]
+    inner = [f" {word}" for word in (*CELL_NAMES, *_INNER_WORDS)]
+    return list(dict.fromkeys([*SPECIAL, "<unk>", *THINK, *marks, *numbers, *_FIRST_WORDS, *inner, *cell_words()]))
 
 
 def build_tokenizer(chat_template: str = REASONING_TEMPLATE) -> PreTrainedTokenizerFast:

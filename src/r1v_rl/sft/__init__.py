@@ -1,0 +1,1 @@
+"""Supervised stages: projector alignment and fine-tuning."""
