@@ -1,24 +1,23 @@
 """`r1v-rl check`: everything about a GRPO recipe that can be known without loading weights or training."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import trl
-from transformers import AutoConfig, AutoProcessor, TrainerState
+from transformers import AutoConfig, TrainerState
 
-from r1v_rl.config import DataConfig, RewardConfig, parse_recipe
-from r1v_rl.data.chat import check_prompt_lengths, limit_image_tiles, prompt_text
+from r1v_rl.config import DataConfig, parse_recipe
+from r1v_rl.data.chat import check_prompt_lengths, load_processor, prompt_text
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.errors import RewardError, UserError
 from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.main import CONFIGS, RunConfig
 from r1v_rl.grpo.rewards import RewardStage, reward_arguments
 from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.types import Completion, Example, RolloutGroup
 
-RECIPE = (trl.ModelConfig, DataConfig, RewardConfig, GRPOConfig)
-"""The classes whose fields are the keys of a GRPO recipe."""
 NUM_REWARD_ROWS = 64
 
 
@@ -34,50 +33,50 @@ class Report:
             line, found = find()
         except UserError as error:
             self.faults.append(f"{subject}: {error}")
-            print(f"  {subject:<8} FAULT")
+            print(f"  {subject:<9} FAULT")
             return None
-        print(f"  {subject:<8} {line}")
+        print(f"  {subject:<9} {line}")
         return found
 
 
 def main(argv: Sequence[str]) -> int:
     """0 where the recipe can run; raises `UserError` with every fault that was found."""
-    model, data, rewards, train = parse_recipe(RECIPE, argv, prog="r1v-rl check")
+    run, train, data, model = parse_recipe(CONFIGS, argv, prog="r1v-rl check")
     report = Report()
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, train))
+    heldout = report.look("held-out", lambda: _heldout(run, data, train)) if run.eval_dataset_name else []
     processor = report.look("model", lambda: _processor(model, data))
     if examples is not None:
         report.look("batch", lambda: _batch(examples, train))
     if examples is not None and processor is not None:
-        report.look("prompts", lambda: _prompts(examples, processor, model, train))
+        report.look("prompts", lambda: _prompts([*examples, *(heldout or [])], processor, model, train))
     if examples is not None:
-        report.look("rewards", lambda: _rewards(examples, processor, rewards, train))
+        report.look("rewards", lambda: _rewards(examples, processor, run, train))
     if report.faults:
         raise UserError("\n".join([f"{len(report.faults)} fault(s)", *report.faults]))
     return 0
 
 
-def _data(data: DataConfig, train: GRPOConfig) -> tuple[str, Sequence[Example]]:
-    examples = load_configured_examples(data, seed=train.seed)
+def _data(data: DataConfig, train: GRPOConfig, split: str | None = None) -> tuple[str, Sequence[Example]]:
+    examples = load_configured_examples(data, split=split, seed=train.seed)
     counts = [len(example.images) for example in examples]
     with_images = sum(map(bool, counts))
     return f"{len(counts)} rows, {with_images} with images, {max(counts)} images in one at most", examples
 
 
+def _heldout(run: RunConfig, data: DataConfig, train: GRPOConfig) -> tuple[str, Sequence[Example]]:
+    heldout = replace(
+        data,
+        dataset_name=run.eval_dataset_name,
+        dataset_size=run.eval_dataset_size,
+        dataset_kwargs=run.eval_dataset_kwargs,
+    )
+    return _data(heldout, train, split=run.eval_dataset_split)
+
+
 def _processor(model: trl.ModelConfig, data: DataConfig) -> tuple[str, Any]:
-    if not model.model_name_or_path:
-        raise UserError("the recipe must set `model_name_or_path`: a folder or a hub id")
-    try:
-        processor = AutoProcessor.from_pretrained(model.model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"`model_name_or_path` must be a model folder with its processor, or a hub id; {model.model_name_or_path} "
-            f"cannot be read: {error}"
-        ) from error
-    if not hasattr(processor, "image_token"):
-        raise UserError(f"{model.model_name_or_path} has no processor of images ({type(processor).__name__})")
-    limit_image_tiles(processor, data.max_image_tiles)
+    processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     return f"{type(processor).__name__} of {model.model_name_or_path}", processor
 
 
@@ -110,9 +109,9 @@ def _prompts(
     return f"longest {longest} tokens, with {train.max_completion_length} to write, of {context}", None
 
 
-def _rewards(examples: Sequence[Example], processor: Any, rewards: RewardConfig, train: GRPOConfig) -> tuple[str, None]:
+def _rewards(examples: Sequence[Example], processor: Any, run: RunConfig, train: GRPOConfig) -> tuple[str, None]:
     """Call every reward on well-formed gold answers and on empty ones, as the trainer would."""
-    stage = RewardStage(rewards.reward_funcs, train)
+    stage = RewardStage(run.reward_funcs, train)
     rows = examples[:: max(1, len(examples) // NUM_REWARD_ROWS)][:NUM_REWARD_ROWS]
     opened = processor is not None and prompt_opens_think(prompt_text(processor, rows[0], train.chat_template_kwargs))
     head = "" if opened else "<think>\n"

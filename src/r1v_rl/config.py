@@ -81,16 +81,6 @@ class DataConfig:
             raise RecipeError(f"images_without_marks must be refuse or prepend, received {self.images_without_marks!r}")
 
 
-@dataclass
-class RewardConfig:
-    """What a run rewards; the weights and the graders' settings are keys of the stage itself."""
-
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": "Any of accuracy, format, module.function, path/file.py:function."},
-    )
-
-
 def parse_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: str = "r1v-rl") -> tuple[Any, ...]:
     """One instance of each class, from `--config FILE.yaml --key value ...`; the command line overrides the file.
 
@@ -188,7 +178,7 @@ def _parse_arguments(config_classes: Sequence[type], arguments: list[str], prog:
 
 def _annotations(config_classes: Sequence[type]) -> dict[str, tuple[Any, Field]]:
     """Key -> (annotation, field) over all classes."""
-    known = {}
+    known: dict[str, tuple[Any, Field]] = {}
     for config_class in config_classes:
         hints = get_type_hints(config_class)
         known |= {f.name: (hints[f.name], f) for f in fields(config_class) if f.init}

@@ -13,6 +13,32 @@ Processor = Any
 """A transformers processor of a vision-language model."""
 
 
+def load_processor(model_name_or_path: str | None, max_image_tiles: int | None = None) -> Processor:
+    """The processor of a model folder or hub id, which reads text and images.
+
+    Raises:
+        RecipeError: If the path leads nowhere, or to a model without images.
+    """
+    from transformers import AutoProcessor  # seconds; `DataConfig` and the loaders do without
+
+    if not model_name_or_path:
+        raise RecipeError("the recipe must set `model_name_or_path`: a model folder or a hub id")
+    try:
+        processor = AutoProcessor.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"`model_name_or_path` must be a model folder with its processor, or a hub id; {model_name_or_path} cannot "
+            f"be read: {error}"
+        ) from error
+    if not hasattr(processor, "image_token"):
+        raise RecipeError(
+            f"`model_name_or_path` must be a vision-language model; {model_name_or_path} has a "
+            f"{type(processor).__name__}, which reads no images"
+        )
+    limit_image_tiles(processor, max_image_tiles)
+    return processor
+
+
 def prompt_text(processor: Processor, example: Example, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The chat template's text up to where the assistant writes, with one placeholder for each of the images.
 
