@@ -84,7 +84,7 @@ def weight_hash(state_dict: Mapping[str, torch.Tensor]) -> str:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """A sha256 over a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import subprocess
 import sys
 import time
 
@@ -90,6 +91,33 @@ def test_no_secret_reaches_a_file(monkeypatch, tmp_path):
     assert any(path.suffix == ".wandb" for path in files)
     hits = [(path, name) for path in files for name, value in canaries.items() if value.encode() in path.read_bytes()]
     assert hits == []
+
+
+BARE_RUN = """
+import json, sys, wandb
+run = wandb.init(project="x", mode="offline", dir=sys.argv[1], settings=wandb.Settings(**json.loads(sys.argv[2])))
+print("canary-printed")
+run.finish()
+"""
+
+
+def test_command_line_git_remote_and_console_are_not_collected(tmp_path):
+    """The same program with wandb's own settings is the control: there they are found."""
+    (tmp_path / "run.py").write_text(BARE_RUN)
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "remote", "add", "origin", "https://user:canary-remote@host/x.git"], check=True)
+    found = {}
+    for name, settings in (("ours", wandb_run._SETTINGS), ("control", {})):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "run.py", str(tmp_path / name), json.dumps(settings), "--token", "canary-argument"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        (stored,) = (tmp_path / name).rglob("*.wandb")
+        found[name] = {
+            word for word in (b"argument", b"printed", b"remote") if b"canary-" + word in stored.read_bytes()
+        }
+    assert found["ours"] == set()
+    assert found["control"] >= {b"argument", b"printed"}
 
 
 class Broken:

@@ -1,7 +1,7 @@
 """Line charts and interval charts as inline SVG, drawn by hand: nothing is loaded, every text is escaped."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
@@ -11,10 +11,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 24
 _MAX_POINTS = 600
 
 
-def line_chart(series: dict[str, Points]) -> str:
+def line_chart(series: Mapping[str, Points]) -> str:
     """An SVG of y over step, one line a series; in a long run the raw values are faint, their moving average strong."""
-    series = {name: _thinned([p for p in points if math.isfinite(p[1])]) for name, points in series.items()}
-    everything = [point for points in series.values() for point in points]
+    drawn = {name: _thinned([p for p in points if math.isfinite(p[1])]) for name, points in series.items()}
+    everything = [point for points in drawn.values() for point in points]
     if not everything:
         return ""
     x_low, x_high = _span([x for x, _ in everything])
@@ -29,7 +29,7 @@ def line_chart(series: dict[str, Points]) -> str:
 
     parts = [_horizontal_axis(x_low, x_high, place(0, y_low)[1], lambda x: place(x, y_low)[0])]
     parts += [_grid_line(place(x_low, tick)[1], tick) for tick in y_ticks]
-    for index, (name, points) in enumerate(series.items()):
+    for index, (name, points) in enumerate(drawn.items()):
         parts.append(_line(name, points, f"c{index % 6}", place))
     return _svg(_WIDTH, _HEIGHT, "".join(parts))
 

@@ -26,7 +26,7 @@ REPORT = "report.html"
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("reward",)),
     ("Reward parts", ("rewards/*/mean",)),
-    ("Reward spread in a group", ("reward_std",)),
+    ("Reward spread by group", ("reward_std",)),
     ("Groups without a signal", ("frac_reward_zero_std",)),
     ("Completion tokens", ("completions/mean_length", "completions/mean_terminated_length")),
     ("Completions cut short", ("completions/clipped_ratio",)),
@@ -129,7 +129,7 @@ def _accuracy(summary: dict) -> str:
         return ""
     held_out = f" on {summary['num_heldout']} examples" if summary.get("num_heldout") else ""
     return (
-        f"<h2>Held-out accuracy{escape(held_out)}, with 95 % intervals</h2>"
+        f"<h2>Held-out accuracy{escape(held_out)}{', with 95 % intervals' if rows[0][2] is not None else ''}</h2>"
         f'<div class="card wide">{interval_chart(rows)}</div>'
     )
 

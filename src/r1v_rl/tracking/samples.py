@@ -84,8 +84,8 @@ def _completion(row: dict[str, Any]) -> str:
 def _picture(path: Path) -> str:
     """The image as a data URL, made small; nothing where it is missing or cannot be read."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        with Image.open(path) as stored:
+            image = stored.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))

@@ -55,7 +55,7 @@ class WandbRun(WandbCallback):
             return
         config = args.to_dict()
         model_config = getattr(model, "config", None)
-        if hasattr(model_config, "to_dict"):
+        if model_config is not None and hasattr(model_config, "to_dict"):
             config = {**model_config.to_dict(), **config}
         self._start(args, config, run_id(args.output_dir, resumed=state.global_step > 0))
         self._wandb.define_metric("train/global_step")
