@@ -14,7 +14,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet $(if $(PIP_INDEX),
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test lint types pytest clean
+.PHONY: setup demo test bench lint types pytest clean
 
 setup: $(READY)
 
@@ -25,7 +25,16 @@ $(READY): pyproject.toml
 	$(PIP) --editable ".[cpu,dev]"
 	@touch $@
 
+# The projector between the shipped parts is trained first (the demo's starting model), then GRPO runs on pictures.
+demo: $(READY)
+	test -f outputs/tiny/start/config.json || $(BIN)/r1v-rl align --config recipes/tiny/align.yaml
+	rm -rf outputs/demo
+	$(BIN)/r1v-rl grpo --config recipes/tiny/grpo.yaml --output_dir outputs/demo
+
 test: lint types pytest
+
+bench: $(READY)
+	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
 
 lint: $(READY)
 	$(BIN)/ruff check .
