@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import r1v_rl  # noqa: F401, I001  (before torch)
 import torch
 from PIL import Image
 from transformers import (

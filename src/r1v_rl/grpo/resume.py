@@ -16,7 +16,7 @@ from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
 from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.sampler import MicroSteps
-from r1v_rl.rollout.prompts import encode_prompt
+from r1v_rl.models.parts import PARTS, part_of
 from r1v_rl.state_files import load_state, save_state, weight_hash
 
 _MUST_AGREE = (
@@ -95,6 +95,8 @@ class ExactResume:
             checkpoints.clean_leftovers(self.args.output_dir)
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+        elif self.rollout_store is not None:
+            self.rollout_store.forget_after(-1)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
@@ -151,6 +153,8 @@ class ExactResume:
         self._micro_step = state["micro_step"]
         self.metrics.num_tokens = state["num_tokens"]
         self._random_states = state["random"]
+        if self.rollout_store is not None:
+            self.rollout_store.forget_after((self._micro_step - 1) // self.sampler.micro_steps_per_generation)
         if state["reference"] is not None:
             self.ref_model.load_state_dict(state["reference"])
         if state["buffer"] is not None:
@@ -168,15 +172,7 @@ class ExactResume:
     def _restore_buffer(self, state: dict) -> None:
         generation = state["generation"]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = [
-            encode_prompt(
-                self.processing_class,
-                self.train_examples[i],
-                device=self.accelerator.device,
-                template_kwargs=self.args.chat_template_kwargs,
-            )
-            for i in self.sampler.prompts(generation, rank, world)
-        ]
+        prompts = self._encode([self.train_examples[i] for i in self.sampler.prompts(generation, rank, world)])
         self._buffer = GenerationBatch(prompts=prompts, **state["fields"])
         self._buffered_generation = generation
 
@@ -189,12 +185,20 @@ class ExactResume:
     def _weight_hash(self) -> str:
         return weight_hash(self.accelerator.unwrap_model(self.model).state_dict())
 
+    def part_hashes(self) -> dict[str, str]:
+        """A hash of the weights of each part: a frozen one keeps its own through a run."""
+        weights = self.accelerator.unwrap_model(self.model).state_dict()
+        return {part: weight_hash({n: w for n, w in weights.items() if part_of(n) == part}) for part in PARTS}
+
+    def data_hash(self) -> str:
+        """A hash of the training rows' ids, prompts and answers."""
+        rows = [[e.id, e.answer, e.messages] for e in self.train_examples]
+        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
     def _fingerprint(self) -> dict:
         """What a run must have in common with the one it continues."""
-        rows = [[e.id, e.answer, e.messages] for e in self.train_examples]
-        data = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
         settings = {key: getattr(self.args, key) for key in _MUST_AGREE}
-        return {**settings, "num_processes": self.accelerator.num_processes, "data": data}
+        return {**settings, "num_processes": self.accelerator.num_processes, "data": self.data_hash()}
 
 
 def _random_states() -> dict:

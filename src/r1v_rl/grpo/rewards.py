@@ -40,14 +40,16 @@ class RewardStage:
     Args:
         reward_funcs: Registry names, dotted paths, `file.py:function`, or functions.
         args: Weights, aggregation and scaling of the recipe.
+        prompt_opens_think: Whether the chat template opens `<think>`; None = told from each completion.
 
     Raises:
         RecipeError: If the weights do not match the functions.
     """
 
-    def __init__(self, reward_funcs: list, args: GRPOConfig):
+    def __init__(self, reward_funcs: list, args: GRPOConfig, *, prompt_opens_think: bool | None = None):
         self._args = args
-        self.functions = load_rewards(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args)
+        names = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self.functions = load_rewards(names, args, prompt_opens_think=prompt_opens_think)
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.functions)
         if len(weights) != len(self.functions):
             raise RecipeError(

@@ -1,6 +1,8 @@
 """The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import examples_from_rows
+from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
 from r1v_rl.grpo.batch import GenerationBatch, model_inputs, padded, score
+from r1v_rl.grpo.callbacks import StopOnSignal
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
@@ -21,9 +26,14 @@ from r1v_rl.grpo.resume import ExactResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
-from r1v_rl.rollout.prompts import encode_prompt
+from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
+from r1v_rl.scoring.format import prompt_opens_think
+from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
 from r1v_rl.types import Example, RolloutGroup
+
+_HELDOUT_CHUNK = 256
+"""Held-out rows whose pictures are in memory at once."""
 
 
 class GRPOTrainer(ExactResume, Trainer):
@@ -34,7 +44,7 @@ class GRPOTrainer(ExactResume, Trainer):
         reward_funcs: Registry names, dotted paths, `file.py:function`, or functions with TRL's signature.
         args: The recipe.
         train_dataset: `datasets.Dataset` (columns as in the README), a list of rows, or a list of `Example`.
-        eval_dataset: Likewise; reported as `eval_*` on greedy completions.
+        eval_dataset: Likewise; answered greedily, reported as `eval_accuracy`.
         processing_class: The processor; that of `model` where unset.
         callbacks: As in `transformers.Trainer`.
         optimizers: As in `transformers.Trainer`.
@@ -56,6 +66,7 @@ class GRPOTrainer(ExactResume, Trainer):
         engine: RolloutEngine | None = None,
     ):
         policy, self.ref_model, processor = prepare_models(model, processing_class, args, peft_config)
+        self._stop = StopOnSignal()
         self.train_examples = _examples(train_dataset)
         self.eval_examples = _examples(eval_dataset) if eval_dataset is not None else None
         super().__init__(
@@ -64,10 +75,11 @@ class GRPOTrainer(ExactResume, Trainer):
             train_dataset=self.train_examples,
             eval_dataset=self.eval_examples,
             processing_class=processor,
-            callbacks=callbacks,
+            callbacks=[*tracking_callbacks(args), self._stop, *(callbacks or [])],
             optimizers=optimizers,
             compute_loss_func=policy_loss,  # tells transformers that the loss does its own scaling
         )
+        drop_default_console(self)
         self.sampler = PromptSampler(
             len(self.train_examples),
             prompts_per_generation=args.generation_batch_size // args.num_generations,
@@ -79,7 +91,8 @@ class GRPOTrainer(ExactResume, Trainer):
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
-        self.reward_stage = RewardStage(reward_funcs, args)
+        first_prompt = prompt_text(processor, self.train_examples[0], args.chat_template_kwargs)
+        self.reward_stage = RewardStage(reward_funcs, args, prompt_opens_think=prompt_opens_think(first_prompt))
         self.metrics = Metrics(self.accelerator)
         rank = self.accelerator.process_index
         self.rollout_store = RolloutStore(args.output_dir, rank=rank) if args.save_rollouts else None
@@ -116,15 +129,10 @@ class GRPOTrainer(ExactResume, Trainer):
 
     def _rollout(self, generation: int) -> GenerationBatch:
         """Sample, reward and centre the groups of one generation; what the update needs of them."""
-        device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         examples = [self.train_examples[i] for i in self.sampler.prompts(generation, rank, world)]
         with self.metrics.timed("encode"):
-            template_kwargs = self.args.chat_template_kwargs
-            prompts = [
-                encode_prompt(self.processing_class, example, device=device, template_kwargs=template_kwargs)
-                for example in examples
-            ]
+            prompts = self._encode(examples)
         with self.metrics.timed("sync"):
             self._sync_engine()
         with self.metrics.timed("generate"):
@@ -189,6 +197,17 @@ class GRPOTrainer(ExactResume, Trainer):
             )
         return self._engine
 
+    def _encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
+        device, template_kwargs = self.accelerator.device, self.args.chat_template_kwargs
+        return [
+            encode_prompt(self.processing_class, e, device=device, template_kwargs=template_kwargs) for e in examples
+        ]
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the run before its time, or None."""
+        return self._stop.received
+
     def _sync_engine(self) -> None:
         if self._engine_version != self.state.global_step:
             self.engine.sync_weights(self.accelerator.unwrap_model(self.model))
@@ -245,6 +264,40 @@ class GRPOTrainer(ExactResume, Trainer):
             logprobs, _ = score(model, inputs)
             rows += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
         return rows
+
+    # ---- held-out rows ----------------------------------------------------------------------------------------------
+
+    def heldout_answers(self, *, blank: bool = False) -> list[Answered]:
+        """The held-out rows answered greedily with the present weights; `blank` empties their pictures."""
+        self._sync_engine()
+        answered: list[Answered] = []
+        examples = self.eval_examples or []
+        for start in range(0, len(examples), _HELDOUT_CHUNK):
+            rows = [blanked(e) if blank else e for e in examples[start : start + _HELDOUT_CHUNK]]
+            answered += answer_greedily(
+                self.engine,
+                self._encode(rows),
+                max_tokens=self.args.max_completion_length,
+                answer_kind=self.args.answer_kind,
+                timeout_s=self.args.reward_timeout_s,
+            )
+        return answered
+
+    def heldout_accuracy(self, *, blank: bool = False) -> Accuracy:
+        """Accuracy on the held-out rows with its 95 % interval."""
+        return accuracy(self.heldout_answers(blank=blank))
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """`eval_accuracy` with its interval and `eval_mean_length`, logged; called by `eval_strategy` too."""
+        answered = self.heldout_answers()
+        share = accuracy(answered)
+        lengths = [len(row.completion.token_ids) for row in answered]
+        values = {**asdict(share), "mean_length": sum(lengths) / len(lengths)}
+        values["accuracy"] = values.pop("value")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- what transformers.Trainer asks for -------------------------------------------------------------------------
 

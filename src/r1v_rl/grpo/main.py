@@ -1,0 +1,210 @@
+"""`r1v-rl grpo`: from a recipe to a trained model, with what it learned measured before and after."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch.distributed
+from transformers import AutoConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from r1v_rl.checkpoints import checkpoint_folders
+from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
+from r1v_rl.data.chat import check_prompt_lengths, limit_image_tiles, load_processor
+from r1v_rl.data.dataset import load_configured_examples, load_examples
+from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.evaluate.accuracy import Accuracy
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.trainer import GRPOTrainer
+from r1v_rl.tracking.manifest import write_run_manifest
+from r1v_rl.tracking.redaction import redact
+from r1v_rl.tracking.report import write_report
+from r1v_rl.types import Example
+
+
+@dataclass
+class RunConfig:
+    """What a GRPO run is made of beside the trainer's own keys."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={"help": "Rewards: accuracy, format, module.function, or path/file.py:function."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows, measured greedily before and after training."}
+    )
+    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
+    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
+    eval_dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of `scenes`, such as {num_images: 1}."}
+    )
+
+
+SUMMARY = "summary.json"
+CONFIGS = (RunConfig, GRPOConfig, DataConfig, ModelConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 when the run is done, 130 after Ctrl-C and 143 after SIGTERM (a checkpoint is left)."""
+    started = time.perf_counter()
+    values = read_recipe(CONFIGS, argv, prog="r1v-rl grpo")
+    run, args, data, model = build_configs(CONFIGS, values)
+    resume = _resume_value(args)
+    _check_output_dir(args, resume)
+    trainer = build_trainer(run, args, data, model)
+    if trainer.accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "config.yaml").write_text(dump_recipe(redact(values)))
+    before = _accuracy_before(trainer, resume)
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.stopped_by is not None:
+        return 128 + trainer.stopped_by if trainer.stopped_by != signal.SIGINT else 130
+    trainer.save_model(args.output_dir)
+    summary = _measure(trainer, before, started)
+    _finish(trainer, values, model, summary)
+    return 0
+
+
+def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: ModelConfig) -> GRPOTrainer:
+    """A trainer whose data, prompts and rewards are checked: what is wrong with a recipe is said before it trains."""
+    if model.model_name_or_path is None:
+        raise RecipeError("`model_name_or_path` must name the starting model: a folder or a hub id")
+    if data.dataset_name is None:
+        raise RecipeError("`dataset_name` must name the training rows: `scenes`, a file, a folder or a hub id")
+    if model.dtype not in (None, "auto"):
+        args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}
+    if model.attn_implementation:
+        args.model_init_kwargs = {"attn_implementation": model.attn_implementation, **(args.model_init_kwargs or {})}
+    if get_quantization_config(model) is not None:
+        raise RecipeError("quantised models (`load_in_8bit`, `load_in_4bit`) are not supported by the GRPO trainer")
+    processor = load_processor(model.model_name_or_path)
+    limit_image_tiles(processor, data.max_image_tiles)
+    train = load_configured_examples(data, seed=args.seed)
+    heldout = _heldout(run, data, args)
+    args.vllm_max_model_length = _context(processor, [*train, *(heldout or [])], args, model.model_name_or_path)
+    trainer = GRPOTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=list(run.reward_funcs),
+        args=args,
+        train_dataset=train,
+        eval_dataset=heldout,
+        processing_class=processor,
+        peft_config=get_peft_config(model),
+    )
+    check_processes(trainer)
+    return trainer
+
+
+def check_processes(trainer: GRPOTrainer) -> None:
+    """A launch that looks right may run one process, or several that do not know of each other: refuse it.
+
+    Raises:
+        UserError: If the launcher, accelerate and torch disagree on the number of processes.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerated = trainer.accelerator.num_processes
+    joined = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if not launched == accelerated == joined:
+        raise UserError(
+            f"the launcher started {launched} process(es), accelerate sees {accelerated}, torch.distributed {joined}: "
+            f"on CPUs launch with `--multi_gpu` and ACCELERATE_USE_CPU=true, or with torchrun and `use_cpu: true`"
+        )
+
+
+def _heldout(run: RunConfig, data: DataConfig, args: GRPOConfig) -> Sequence[Example] | None:
+    if run.eval_dataset_name is None:
+        return None
+    kwargs = run.eval_dataset_kwargs
+    return load_examples(
+        run.eval_dataset_name,
+        split=run.eval_dataset_split,
+        dataset_root=data.dataset_root,
+        dataset_size=run.eval_dataset_size,
+        dataset_kwargs=json.loads(kwargs) if isinstance(kwargs, str) else kwargs,
+        system_prompt=data.system_prompt,
+        seed=args.seed,
+    )
+
+
+def _context(processor, examples: Sequence[Example], args: GRPOConfig, path: str) -> int:
+    """Longest prompt plus completion of the run, in tokens; refuses a row that the model's context cannot hold."""
+    limit = args.vllm_max_model_length or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+    longest = check_prompt_lengths(
+        examples,
+        processor,
+        max_model_len=limit,
+        max_completion_length=args.max_completion_length,
+        template_kwargs=args.chat_template_kwargs,
+    )
+    return longest + args.max_completion_length
+
+
+def _resume_value(args: GRPOConfig) -> str | bool | None:
+    value = args.resume_from_checkpoint
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return value
+
+
+def _check_output_dir(args: GRPOConfig, resume: str | bool | None) -> None:
+    if not resume and (found := checkpoint_folders(args.output_dir)):
+        raise UserError(
+            f"{args.output_dir} holds checkpoints of an earlier run ({found[-1].name}): continue it with "
+            f"`resume_from_checkpoint: true`, name another `output_dir`, or delete the folder"
+        )
+
+
+def _accuracy_before(trainer: GRPOTrainer, resume: str | bool | None) -> Accuracy | None:
+    """Held-out accuracy of the starting model; a resumed run takes it from `summary.json`."""
+    path = Path(trainer.args.output_dir, SUMMARY)
+    if not trainer.eval_examples:
+        return None
+    if resume:
+        found = json.loads(path.read_text()).get("accuracy_before") if path.exists() else None
+        return Accuracy(**found) if found else None
+    before = trainer.heldout_accuracy()
+    print(f"held-out accuracy before training: {before}", flush=True)
+    if trainer.accelerator.is_main_process:
+        path.write_text(json.dumps({"accuracy_before": asdict(before)}) + "\n")
+    return before
+
+
+def _measure(trainer: GRPOTrainer, before: Accuracy | None, started: float) -> dict:
+    """What the run reached on held-out rows, with pictures and with blank ones."""
+    summary: dict = {}
+    if trainer.eval_examples:
+        after, blank = trainer.heldout_accuracy(), trainer.heldout_accuracy(blank=True)
+        summary = {
+            "num_heldout": len(trainer.eval_examples),
+            "accuracy_before": asdict(before) if before is not None else None,
+            "accuracy_after": asdict(after),
+            "blank_image_accuracy": blank.value,
+        }
+        print(f"\nheld-out accuracy, greedy, {len(trainer.eval_examples)} rows, 95 % interval")
+        for name, value in (("before", before), ("after", after), ("after, blank pictures", blank)):
+            print(f"  {name:<24}{'not measured' if value is None else value}")
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    print(f"{summary['seconds']:.0f} s in all", flush=True)
+    return summary
+
+
+def _finish(trainer: GRPOTrainer, values: dict, model: ModelConfig, summary: dict) -> None:
+    if not trainer.accelerator.is_main_process:
+        return
+    output_dir = Path(trainer.args.output_dir)
+    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    write_run_manifest(
+        output_dir,
+        stage="grpo",
+        parent=model.model_name_or_path,
+        config=values,
+        data_hash=trainer.data_hash(),
+        weight_hashes=trainer.part_hashes(),
+        seeds={"seed": trainer.args.seed},
+        metrics=summary,
+    )
+    print(f"report: {write_report(output_dir)}", flush=True)

@@ -1,0 +1,103 @@
+"""A GRPO run of a random tiny model, in a process that a test can kill; run by a preloaded fork server."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_vlm import picture
+from transformers import TrainerCallback
+
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.trainer import GRPOTrainer
+from r1v_rl.state_files import weight_hash
+
+_SIZES = [[(32, 32)], [], [(64, 32), (32, 32)], [(32, 64)]]  # one tile, text only, two pictures, two tiles
+ROWS = [
+    {
+        "id": f"row{i}",
+        "prompt": [{"role": "user", "content": f"How many red {shape}?"}],
+        "images": [picture(i, *size) for size in sizes],
+    }
+    for i, (sizes, shape) in enumerate(zip(_SIZES * 2, ["circles", "squares", "triangles", "shapes"] * 2, strict=True))
+]
+SETTINGS = {
+    "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "learning_rate": 5e-3,
+    "bf16": False, "gradient_checkpointing": False, "report_to": [], "use_cpu": True, "logging_steps": 1,
+    "save_strategy": "steps", "save_steps": 1, "max_steps": 6, "disable_tqdm": True, "save_rollouts": False,
+    "trainable": ["projector", "language_model"], "seed": 11,
+}  # fmt: skip
+
+
+def token_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Any function of the tokens will do: the run must depend on what was sampled."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def make_trainer(model: Path, output_dir: Path, peft_config: Any = None, **changes: Any) -> GRPOTrainer:
+    torch.set_num_threads(1)
+    args = GRPOConfig(**{**SETTINGS, "output_dir": str(output_dir), **changes})
+    return GRPOTrainer(
+        model=str(model), reward_funcs=[token_reward], args=args, train_dataset=ROWS, peft_config=peft_config
+    )
+
+
+def train(model: Path, output_dir: Path, changes: dict, kill: dict | None = None) -> None:
+    """Start, or resume where checkpoints are; write the hash of the final weights; die where `kill` says."""
+    changes = dict(changes)
+    peft_config = None
+    if changes.pop("lora", False):
+        from peft import LoraConfig
+
+        changes["trainable"] = None
+        peft_config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    trainer = make_trainer(model, output_dir, peft_config, **changes)
+    if kill:
+        trainer.add_callback(_Killer(**kill))
+    resume = any(output_dir.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume or None)
+    (output_dir / "final.txt").write_text(weight_hash(trainer.model.state_dict()))
+
+
+class _Killer(TrainerCallback):
+    """SIGKILL to itself: after a step and its save, before the save, or at the n-th file the save opens to write."""
+
+    def __init__(self, step: int, moment: str, nth: int = 0):
+        self.step, self.moment, self.nth = step, moment, nth
+        self._opened = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step != self.step:
+            return
+        if self.moment == "before save":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.moment == "inside save":
+            sys.addaudithook(self._audit)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.moment == "after save":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        )
+        if writes:
+            if self._opened == self.nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._opened += 1
+
+
+def in_child(*arguments: Any) -> int:
+    """Exit code of `train(*arguments)` in a process of its own; -9 where it killed itself."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server looks for what it preloads there
+    context.set_forkserver_preload(["grpo.tiny_run"])
+    process = context.Process(target=train, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
