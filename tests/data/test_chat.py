@@ -55,6 +55,20 @@ def test_a_processor_whose_arithmetic_is_wrong_is_not_believed(processor, monkey
     assert [count(example) for example in rows()] == exact
 
 
+def test_the_processor_is_asked_for_height_before_width(processor, monkeypatch):
+    asked = []
+    real = type(processor)._get_num_multimodal_tokens
+
+    def spy(self, image_sizes=None, **kwargs):
+        asked.extend(image_sizes)
+        return real(self, image_sizes=image_sizes, **kwargs)
+
+    monkeypatch.setattr(type(processor), "_get_num_multimodal_tokens", spy)
+    (example,) = examples_from_rows([{"problem": "<image>?", "answer": "1", "image": picture(0, 96, 40)}])
+    prompt_token_counter(processor)(example)
+    assert set(asked) == {(40, 96)}
+
+
 def test_a_picture_turned_by_exif_is_counted_as_it_is_shown(processor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
