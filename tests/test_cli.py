@@ -140,7 +140,7 @@ def test_exit_codes(monkeypatch, capsys):
 def test_ctrl_c_ends_with_130(place):
     command = [sys.executable, "-m", "r1v_rl", "check", "--config", str(place / "recipe.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()  # it is under way
+    assert any(line.startswith("checking ") for line in process.stdout)  # it is under way
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     process.communicate()
