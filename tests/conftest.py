@@ -11,4 +11,6 @@ from jaxtyping import install_import_hook
 
 import r1v_rl  # noqa: F401  (process settings, before torch)
 
-install_import_hook(["r1v_rl.grpo", "r1v_rl.models"], "beartype.beartype")  # annotated shapes are checked at every call
+# Annotated shapes are checked at every call. `grpo.config` stays out: transformers takes an int for a float.
+_TYPED = ["advantages", "batch", "loss", "metrics", "records", "rewards", "sampler"]
+install_import_hook(["r1v_rl.models", *(f"r1v_rl.grpo.{name}" for name in _TYPED)], "beartype.beartype")

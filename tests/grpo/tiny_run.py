@@ -37,11 +37,13 @@ def token_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
-def make_trainer(model: Path, output_dir: Path, peft_config: Any = None, **changes: Any) -> GRPOTrainer:
+def make_trainer(
+    model: Path, output_dir: Path, peft_config: Any = None, rows: list[dict] = ROWS, **changes: Any
+) -> GRPOTrainer:
     torch.set_num_threads(1)
     args = GRPOConfig(**{**SETTINGS, "output_dir": str(output_dir), **changes})
     return GRPOTrainer(
-        model=str(model), reward_funcs=[token_reward], args=args, train_dataset=ROWS, peft_config=peft_config
+        model=str(model), reward_funcs=[token_reward], args=args, train_dataset=rows, peft_config=peft_config
     )
 
 

@@ -6,6 +6,7 @@ import trl
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.parts import PARTS
+from r1v_rl.scoring.rules import RewardSettings
 
 REFUSED_KEYS = {
     "cache_implementation": "completions come from vLLM, or from transformers' own default cache",
@@ -25,6 +26,7 @@ REFUSED_KEYS = {
 }
 """TRL keys that are not implemented, each with the reason. Any value but TRL's default is an error, never ignored."""
 
+_REWARDS = RewardSettings()
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo")
 
 
@@ -54,14 +56,17 @@ class GRPOConfig(trl.GRPOConfig):
         default=None, metadata={"help": "Learning rate of the vision encoder; `learning_rate` where unset."}
     )
     reward_timeout_s: float = field(
-        default=5.0, metadata={"help": "Seconds after which the worker that judges one answer is killed."}
+        default=_REWARDS.reward_timeout_s,
+        metadata={"help": "Seconds after which the worker that judges one answer is killed."},
     )
-    reward_workers: int = field(default=2, metadata={"help": "Processes that judge answers."})
-    format_pattern: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression of a well-formed completion; unset = think, then \\boxed{}."},
+    reward_workers: int = field(default=_REWARDS.reward_workers, metadata={"help": "Processes that judge answers."})
+    format_pattern: str = field(
+        default=_REWARDS.format_pattern,
+        metadata={"help": "Regular expression of a well-formed completion; by default a think block, then a box."},
     )
-    answer_kind: str = field(default="math", metadata={"help": "How answers are judged: math, number, choice, text."})
+    answer_kind: str = field(
+        default=_REWARDS.answer_kind, metadata={"help": "How answers are judged: math, number, choice, text."}
+    )
     vllm_kv_cache_memory_bytes: int | None = field(
         default=None, metadata={"help": "KV cache of the in-process vLLM, in bytes; unset = vLLM's own measure."}
     )

@@ -10,7 +10,8 @@ import numpy
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
@@ -95,6 +96,9 @@ class ExactResume:
             checkpoints.clean_leftovers(self.args.output_dir)
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+            if self._is_finished(resume_from_checkpoint):
+                self._load_from_checkpoint(resume_from_checkpoint)
+                return TrainOutput(self.state.global_step, 0.0, {})
         elif self.rollout_store is not None:
             self.rollout_store.forget_after(-1)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -120,6 +124,14 @@ class ExactResume:
                 f"{found} belongs to another run, and cannot be continued exactly: " + "; ".join(changed)
             )
         return found
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Whether the run had taken all its steps; transformers would take one more."""
+        planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        state = TrainerState.load_from_json(str(Path(checkpoint) / _TRAINER_STATE))
+        if state.global_step >= planned:
+            self.state = state
+        return state.global_step >= planned
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights and hold them against the hash that was taken when they were saved.
