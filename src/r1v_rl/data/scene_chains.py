@@ -24,47 +24,46 @@ def description(scenes: tuple[Scene, ...]) -> str:
 
 
 class _Tally:
-    """The running count that a walk keeps: `after(thing)` is what it says once it has seen one more object."""
+    """The running totals that a walk keeps, one for each colour (or shape, or number), whichever the question is about.
+
+    Keeping them for every value, not only for the ones asked for, leaves one choice: which total to read at the end.
+    """
 
     def __init__(self, question: Question):
         self.question = question
-        self.totals = [0] * max(1, len(question.filters))
-        self.seen: dict[str, int] = {}
+        self.adds_digits = question.kind in ("sum", "difference")
+        self.attribute = question.attribute or ("color" if question.filters[0].color else "shape")
+        self.totals: Counter[str] = Counter()
         self.leader = ""
 
     def after(self, thing: Thing) -> str:
-        q = self.question
-        if q.kind == "frequent":
-            value = attribute_of(thing, q.attribute)
-            self.seen[value] = self.seen.get(value, 0) + 1
-            if self.seen[value] > self.seen.get(self.leader, 0):
-                self.leader = value
-            return f"{self.seen[value]} {self.leader} {self.seen[self.leader]}"
-        by_sum = q.kind in ("sum", "difference")
-        hit = next((i for i, f in enumerate(q.filters) if f.matches(thing)), None)
-        if hit is not None:
-            self.totals[hit] += thing.digit if by_sum else 1
-        tags = ("yes",) if len(q.filters) == 1 else ("first", "second")
-        return " ".join(["no" if hit is None else tags[hit], *map(str, self.totals)])
+        """What the walk says of an object: its value and that value's new total; the leader too, if one is sought."""
+        value = attribute_of(thing, self.attribute)
+        self.totals[value] += thing.digit if self.adds_digits else 1
+        if self.question.kind != "frequent":
+            return f"{value} {self.totals[value]}"
+        if self.totals[value] > self.totals[self.leader]:
+            self.leader = value
+        return f"{value} {self.totals[value]} {self.leader} {self.totals[self.leader]}"
 
-    def close_picture(self) -> str:
-        """What a walk over two pictures says at the end of each; comparisons start the second picture from zero."""
-        text = f"total {self.totals[0]}"
-        if self.question.kind in ("difference", "compare"):
-            self.totals = [0]
-        return text
+    def conclusion(self) -> str:
+        """The totals that the question asks for."""
+        wanted = [f.color or f.shape or "" for f in self.question.filters] or [self.leader]
+        return " ".join(["total", *[f"{value} {self.totals[value]}" for value in wanted]])
 
 
 def careful_walk(question: Question, scenes: tuple[Scene, ...]) -> str:
-    """Every cell in order: what is there, whether it matters to the question, and the tally after it."""
-    tally, words, names = _Tally(question), ["Look"], iter(CELL_NAMES)
-    for scene in scenes:
+    """Every cell in order with its running total, then the totals asked for (by picture, where two are compared)."""
+    tally, words, names = _Tally(question), [f"Look for {_Tally(question).attribute}"], iter(CELL_NAMES)
+    apart = question.kind in ("difference", "compare")
+    for number, scene in enumerate(scenes, start=1):
         for thing in scene:
             words.append(_seen(next(names), thing))
             if thing:
                 words.append(tally.after(thing))
-        if len(scenes) > 1:
-            words.append(tally.close_picture())
+        if apart or number == len(scenes):
+            words.append(tally.conclusion())
+            tally.totals.clear()
     return " ".join(words)
 
 

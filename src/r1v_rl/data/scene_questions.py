@@ -36,7 +36,7 @@ Scene = tuple[Thing | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A set of objects named by colour, shape, or both."""
+    """The objects of one colour or of one shape."""
 
     color: str | None = None
     shape: str | None = None
@@ -46,7 +46,7 @@ class Filter:
 
     @property
     def noun(self) -> str:
-        """Its name in a question: `red circles`, `red shapes`, `circles`."""
+        """Its name in a question: `red shapes`, `circles`."""
         return f"{self.color + ' ' if self.color else ''}{self.shape or 'shape'}s"
 
 
@@ -64,7 +64,6 @@ class Question:
 
 ATTRIBUTES = {"color": COLORS, "shape": SHAPES, "number": DIGITS}
 _SIMPLE = tuple([Filter(color=c) for c in COLORS] + [Filter(shape=s) for s in SHAPES])
-_DOUBLE = tuple(Filter(c, s) for c in COLORS for s in SHAPES)
 _PAIRS = tuple(
     (a, b) for a in _SIMPLE for b in _SIMPLE if a != b and (a.color is None) == (b.color is None)
 )  # both by colour or both by shape, so that no object is in both
@@ -181,7 +180,7 @@ def sample_question(
         if kind in ("difference", "compare") and num_scenes == 1:
             filters = rng.choice(_PAIRS)
         elif kind != "frequent":
-            filters = (rng.choice(_DOUBLE if rng.random() < 0.2 else _SIMPLE),)
+            filters = (rng.choice(_SIMPLE),)
         answer = solve(kind, scenes, filters, attribute)
         if answer is not None and accept(answer) and target in (None, answer):
             break

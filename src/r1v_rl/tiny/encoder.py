@@ -26,7 +26,7 @@ def encoder_config() -> InternVLVisionConfig:
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=512,
+        intermediate_size=256,
         image_size=PICTURE_SIZE,
         patch_size=16,
         attention_bias=True,

@@ -1,10 +1,8 @@
 """The tiny models' own tokenizer: one token per word, number and written cell; decoding gives the text back exactly."""
 
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer
 
 from r1v_rl.data.scene_chains import CELL_NAMES
 from r1v_rl.data.scene_questions import CELLS, COLORS, DIGITS, SHAPES, Thing
@@ -29,9 +27,6 @@ then there think to together total two up what where which with yes you your red
 square squares triangle triangles
 """.split()  # noqa: SIM905
 
-# A piece is a newline, the box, or one word / number / mark with the space before it, if there is one.
-_PIECE = r"\n|\\boxed\{| ?[A-Za-z0-9]+(-[A-Za-z0-9]+)*| ?[^\sA-Za-z0-9]|\s"
-
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -54,25 +49,26 @@ def cell_words() -> list[str]:
     return [f" {cell}-{content}" for cell in CELLS for content in contents]
 
 
-def vocabulary() -> list[str]:
-    """All tokens in id order. The written cells come last, so that their embeddings are one block."""
-    marks = ["\n", " ", "\\boxed{", "}", *[f"{space}{mark}" for mark in "?.,:;|-+=" for space in ("", " ")]]
+def words_in_order() -> list[str]:
+    """All tokens beside bytes and special ones. The written cells come last, so that their embeddings are one block."""
+    marks = ["\n", "\\boxed{", *[f" {mark}" for mark in ".,:;|-+="]]
     numbers = [f"{space}{number}" for number in range(MAX_NUMBER + 1) for space in ("", " ")]
     inner = [f" {word}" for word in (*CELL_NAMES, *_INNER_WORDS)]
-    return list(dict.fromkeys([*SPECIAL, "<unk>", *THINK, *marks, *numbers, *_FIRST_WORDS, *inner, *cell_words()]))
+    words = [*THINK, *marks, *numbers, *_FIRST_WORDS, *inner, *cell_words()]
+    return [word for word in dict.fromkeys(words) if len(word) > 1 or word == "\n"]
 
 
-def build_tokenizer(chat_template: str = REASONING_TEMPLATE) -> PreTrainedTokenizerFast:
-    """The tokenizer, with what InternVL's processor asks of one (`start_image_token` and the others)."""
-    ids = {token: index for index, token in enumerate(vocabulary())}
-    backend = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    backend.pre_tokenizer = Split(Regex(_PIECE), behavior="isolated")
-    backend.decoder = Fuse()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in THINK])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
+def build_tokenizer(chat_template: str = REASONING_TEMPLATE) -> Qwen2Tokenizer:
+    """The tokenizer, with what InternVL's processor asks of one (`start_image_token` and the others).
+
+    Its class is the one that `AutoTokenizer` takes for any Qwen2 model, whatever the folder says. That class reads a
+    BPE vocabulary, so ours is the 256 bytes, and every word is an added token: other text becomes bytes, and is kept.
+    """
+    alphabet = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=alphabet,
+        merges=[],
+        unk_token=None,
         pad_token=PAD,
         eos_token=END,
         padding_side="left",
@@ -80,5 +76,7 @@ def build_tokenizer(chat_template: str = REASONING_TEMPLATE) -> PreTrainedTokeni
         clean_up_tokenization_spaces=False,
         extra_special_tokens=IMAGE_TOKENS,
     )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in words_in_order()])
     tokenizer.chat_template = chat_template
     return tokenizer
