@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import r1v_rl  # noqa: F401, I001  (before torch)
 import torch
 from PIL import Image
 from transformers import (
@@ -13,6 +12,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import r1v_rl  # noqa: F401  (before torch)
 from r1v_rl.models.compose import image_processor
 from r1v_rl.tiny.tokenizer import build_tokenizer
 

@@ -1,24 +1,21 @@
 """`r1v-rl check`: everything about a GRPO recipe that can be known without loading weights or training."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import trl
-from transformers import AutoConfig, TrainerState
 
 from r1v_rl.config import DataConfig, parse_recipe
-from r1v_rl.data.chat import check_prompt_lengths, load_processor, prompt_text
+from r1v_rl.data.chat import load_processor
 from r1v_rl.data.dataset import load_configured_examples
-from r1v_rl.errors import RewardError, UserError
-from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.grpo.main import CONFIGS, RunConfig
-from r1v_rl.grpo.rewards import RewardStage, reward_arguments
+from r1v_rl.errors import UserError
+from r1v_rl.grpo.config import GRPOConfig, RunConfig
+from r1v_rl.grpo.main import CONFIGS
+from r1v_rl.grpo.preflight import context_of, heldout_examples, longest_prompt, try_rewards
+from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
-from r1v_rl.scoring.format import prompt_opens_think
-from r1v_rl.types import Completion, Example, RolloutGroup
-
-NUM_REWARD_ROWS = 64
+from r1v_rl.types import Example
 
 
 @dataclass
@@ -58,21 +55,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _data(data: DataConfig, train: GRPOConfig, split: str | None = None) -> tuple[str, Sequence[Example]]:
-    examples = load_configured_examples(data, split=split, seed=train.seed)
+def _data(data: DataConfig, train: GRPOConfig) -> tuple[str, Sequence[Example]]:
+    return _described(load_configured_examples(data, seed=train.seed))
+
+
+def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:
     counts = [len(example.images) for example in examples]
     with_images = sum(map(bool, counts))
     return f"{len(counts)} rows, {with_images} with images, {max(counts)} images in one at most", examples
 
 
 def _heldout(run: RunConfig, data: DataConfig, train: GRPOConfig) -> tuple[str, Sequence[Example]]:
-    heldout = replace(
-        data,
-        dataset_name=run.eval_dataset_name,
-        dataset_size=run.eval_dataset_size,
-        dataset_kwargs=run.eval_dataset_kwargs,
-    )
-    return _data(heldout, train, split=run.eval_dataset_split)
+    return _described(heldout_examples(run, data, train.seed))
 
 
 def _processor(model: trl.ModelConfig, data: DataConfig) -> tuple[str, Any]:
@@ -97,53 +91,17 @@ def _batch(examples: Sequence[Example], train: GRPOConfig) -> tuple[str, None]:
 def _prompts(
     examples: Sequence[Example], processor: Any, model: trl.ModelConfig, train: GRPOConfig
 ) -> tuple[str, None]:
-    text_config = AutoConfig.from_pretrained(model.model_name_or_path).get_text_config()
-    context = train.vllm_max_model_length or text_config.max_position_embeddings
-    longest = check_prompt_lengths(
-        examples,
-        processor,
-        max_model_len=context,
-        max_completion_length=train.max_completion_length or 0,
-        template_kwargs=train.chat_template_kwargs,
-    )
+    context = context_of(model.model_name_or_path, train)
+    longest = longest_prompt(examples, processor, context, train)
     return f"longest {longest} tokens, with {train.max_completion_length} to write, of {context}", None
 
 
 def _rewards(examples: Sequence[Example], processor: Any, run: RunConfig, train: GRPOConfig) -> tuple[str, None]:
-    """Call every reward on well-formed gold answers and on empty ones, as the trainer would."""
-    stage = RewardStage(run.reward_funcs, train)
-    rows = examples[:: max(1, len(examples) // NUM_REWARD_ROWS)][:NUM_REWARD_ROWS]
-    opened = processor is not None and prompt_opens_think(prompt_text(processor, rows[0], train.chat_template_kwargs))
-    head = "" if opened else "<think>\n"
-    groups = [
-        RolloutGroup(
-            row, [], [_completion(f"{head}This follows.\n</think>\n\n\\boxed{{{row.answer}}}"), _completion("")], 0
-        )
-        for row in rows
+    results = try_rewards(RewardStage(run.reward_funcs, train), examples, processor, train)
+    lines = [
+        f"{name} {_mean(gold)} on gold answers, {_mean(empty)} on empty ones" for name, (gold, empty) in results.items()
     ]
-    arguments = reward_arguments(groups)
-    ignore = {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
-    lines = []
-    for function in stage.functions:
-        values = function(**arguments, **ignore)
-        gold, empty = values[0::2], values[1::2]
-        if function.name == "accuracy":
-            _refuse_unreadable_gold(rows, gold, train.answer_kind)
-        lines.append(f"{function.name} {_mean(gold)} on gold answers, {_mean(empty)} on empty ones")
     return "; ".join(lines), None
-
-
-def _refuse_unreadable_gold(rows: Sequence[Example], gold_rewards: Sequence[float | None], answer_kind: str) -> None:
-    for row, reward in zip(rows, gold_rewards, strict=True):
-        if reward != 1.0:
-            raise RewardError(
-                f"row {row.id}: its own gold answer {row.answer!r} is rewarded with {reward}, so no completion can be "
-                f"right; mend the answer or set `answer_kind` (now {answer_kind})"
-            )
-
-
-def _completion(text: str) -> Completion:
-    return Completion(token_ids=[0], logprobs=[0.0], text=text, is_truncated=False)
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -64,8 +64,7 @@ class Recording:
         ]
         eos = self.processor.tokenizer.eos_token_id
         self.completion_ids = [
-            torch.randint(40, 700, (n,), generator=generator).tolist()[: n - 1] + [eos if n < 9 else 77]
-            for n in LENGTHS
+            [*torch.randint(40, 700, (n - 1,), generator=generator).tolist(), eos if n < 9 else 77] for n in LENGTHS
         ]
         self.noise = [0.3 * torch.randn(n, generator=generator) for n in LENGTHS]
         self.sampler_logprobs = [torch.full((n,), -6.0) + noise for n, noise in zip(LENGTHS, self.noise, strict=True)]

@@ -56,7 +56,8 @@ def model_inputs(batch: GenerationBatch, start: int, end: int, *, pad_token_id: 
     width = max(map(len, rows))
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    positions, targets = [], []
+    positions: list[int] = []
+    targets: list[int] = []
     for i, (row, ids) in enumerate(zip(rows, completions, strict=True)):
         input_ids[i, : len(row)] = torch.tensor(row)
         attention_mask[i, : len(row)] = 1

@@ -112,3 +112,21 @@ class GRPOConfig(trl.GRPOConfig):
             )
         if self.sync_ref_model and self.beta == 0.0:
             raise RecipeError("`sync_ref_model` needs a reference model: set `beta` above 0.")
+
+
+@dataclass
+class RunConfig:
+    """What a GRPO run is made of beside the trainer's own keys."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={"help": "Rewards: accuracy, format, module.function, or path/file.py:function."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows, measured greedily before and after training."}
+    )
+    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
+    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
+    eval_dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of `scenes`, such as {num_images: 1}."}
+    )

@@ -5,44 +5,24 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed
-from transformers import AutoConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from r1v_rl.checkpoints import checkpoint_folders
 from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
-from r1v_rl.data.chat import check_prompt_lengths, limit_image_tiles, load_processor
-from r1v_rl.data.dataset import load_configured_examples, load_examples
+from r1v_rl.data.chat import load_processor
+from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.evaluate.accuracy import Accuracy
-from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.config import GRPOConfig, RunConfig
+from r1v_rl.grpo.preflight import context_of, heldout_examples, longest_prompt, try_rewards
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.tracking.manifest import write_run_manifest
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
-from r1v_rl.types import Example
-
-
-@dataclass
-class RunConfig:
-    """What a GRPO run is made of beside the trainer's own keys."""
-
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": "Rewards: accuracy, format, module.function, or path/file.py:function."},
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows, measured greedily before and after training."}
-    )
-    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
-    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
-    eval_dataset_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of `scenes`, such as {num_images: 1}."}
-    )
-
 
 SUMMARY = "summary.json"
 CONFIGS = (RunConfig, GRPOConfig, DataConfig, ModelConfig)
@@ -71,8 +51,6 @@ def main(argv: Sequence[str]) -> int:
 
 def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: ModelConfig) -> GRPOTrainer:
     """A trainer whose data, prompts and rewards are checked: what is wrong with a recipe is said before it trains."""
-    if model.model_name_or_path is None:
-        raise RecipeError("`model_name_or_path` must name the starting model: a folder or a hub id")
     if data.dataset_name is None:
         raise RecipeError("`dataset_name` must name the training rows: `scenes`, a file, a folder or a hub id")
     if model.dtype not in (None, "auto"):
@@ -81,21 +59,22 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
         args.model_init_kwargs = {"attn_implementation": model.attn_implementation, **(args.model_init_kwargs or {})}
     if get_quantization_config(model) is not None:
         raise RecipeError("quantised models (`load_in_8bit`, `load_in_4bit`) are not supported by the GRPO trainer")
-    processor = load_processor(model.model_name_or_path)
-    limit_image_tiles(processor, data.max_image_tiles)
+    processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     train = load_configured_examples(data, seed=args.seed)
-    heldout = _heldout(run, data, args)
-    args.vllm_max_model_length = _context(processor, [*train, *(heldout or [])], args, model.model_name_or_path)
+    heldout = heldout_examples(run, data, args.seed)
+    longest = longest_prompt([*train, *heldout], processor, context_of(model.model_name_or_path, args), args)
+    args.vllm_max_model_length = longest + args.max_completion_length
     trainer = GRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=list(run.reward_funcs),
         args=args,
         train_dataset=train,
-        eval_dataset=heldout,
+        eval_dataset=heldout or None,
         processing_class=processor,
         peft_config=get_peft_config(model),
     )
     check_processes(trainer)
+    try_rewards(trainer.reward_stage, train, processor, args)
     return trainer
 
 
@@ -113,34 +92,6 @@ def check_processes(trainer: GRPOTrainer) -> None:
             f"the launcher started {launched} process(es), accelerate sees {accelerated}, torch.distributed {joined}: "
             f"on CPUs launch with `--multi_gpu` and ACCELERATE_USE_CPU=true, or with torchrun and `use_cpu: true`"
         )
-
-
-def _heldout(run: RunConfig, data: DataConfig, args: GRPOConfig) -> Sequence[Example] | None:
-    if run.eval_dataset_name is None:
-        return None
-    kwargs = run.eval_dataset_kwargs
-    return load_examples(
-        run.eval_dataset_name,
-        split=run.eval_dataset_split,
-        dataset_root=data.dataset_root,
-        dataset_size=run.eval_dataset_size,
-        dataset_kwargs=json.loads(kwargs) if isinstance(kwargs, str) else kwargs,
-        system_prompt=data.system_prompt,
-        seed=args.seed,
-    )
-
-
-def _context(processor, examples: Sequence[Example], args: GRPOConfig, path: str) -> int:
-    """Longest prompt plus completion of the run, in tokens; refuses a row that the model's context cannot hold."""
-    limit = args.vllm_max_model_length or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
-    longest = check_prompt_lengths(
-        examples,
-        processor,
-        max_model_len=limit,
-        max_completion_length=args.max_completion_length,
-        template_kwargs=args.chat_template_kwargs,
-    )
-    return longest + args.max_completion_length
 
 
 def _resume_value(args: GRPOConfig) -> str | bool | None:

@@ -37,7 +37,7 @@ def load_policy(path: str, args: GRPOConfig) -> PreTrainedModel:
 
 def prepare_models(
     model: str | PreTrainedModel, processor: Any, args: GRPOConfig, peft_config: Any
-) -> tuple[nn.Module, nn.Module | None, Any]:
+) -> tuple[Any, Any, Any]:
     """Policy, reference (None without `beta`, and where the policy without its adapter is the reference), processor."""
     policy = load_policy(model, args) if isinstance(model, str) else model
     processor = processor or AutoProcessor.from_pretrained(policy.name_or_path)
@@ -65,7 +65,7 @@ def prepare_models(
 
 
 @contextmanager
-def reference_policy(reference: nn.Module | None, policy: nn.Module) -> Iterator[nn.Module]:
+def reference_policy(reference: nn.Module | None, policy: Any) -> Iterator[nn.Module]:
     """The model that the KL term is measured against: its own copy, or the policy without its adapter."""
     if reference is not None:
         yield reference
@@ -74,7 +74,7 @@ def reference_policy(reference: nn.Module | None, policy: nn.Module) -> Iterator
         yield policy
 
 
-def make_engine(policy: nn.Module, processor: Any, args: GRPOConfig, examples: Sequence[Example]) -> RolloutEngine:
+def make_engine(policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example]) -> RolloutEngine:
     """vLLM in this process, or transformers' `generate` on the policy itself."""
     tokenizer = getattr(processor, "tokenizer", processor)
     eos = eos_token_ids(policy, tokenizer)
@@ -97,7 +97,7 @@ def make_engine(policy: nn.Module, processor: Any, args: GRPOConfig, examples: S
         )
 
 
-def eos_token_ids(policy: nn.Module, tokenizer: Any) -> list[int]:
+def eos_token_ids(policy: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a completion."""
     ids = policy.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
@@ -111,7 +111,7 @@ def _engine_dtype(policy: nn.Module, args: GRPOConfig) -> str:
 
 
 @contextmanager
-def _model_folder(policy: nn.Module, processor: Any) -> Iterator[str]:
+def _model_folder(policy: Any, processor: Any) -> Iterator[str]:
     """Where vLLM reads configuration, processor and first weights: the model's own folder, or a copy made for it."""
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     if base.name_or_path and (Path(base.name_or_path).is_dir() or not Path(base.name_or_path).is_absolute()):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import numpy
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, TrainerState
+from transformers import AutoModelForImageTextToText, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
 from r1v_rl.grpo.batch import GenerationBatch
-from r1v_rl.grpo.sampler import MicroSteps
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.metrics import Metrics
+from r1v_rl.grpo.sampler import MicroSteps, PromptSampler
 from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.state_files import load_state, save_state, weight_hash
+from r1v_rl.tracking.completions import RolloutStore
+from r1v_rl.types import Example
 
 _MUST_AGREE = (
     "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
@@ -28,12 +34,30 @@ _MUST_AGREE = (
 _TRAINER_STATE = "trainer_state.json"
 
 
-class ExactResume:
-    """Checkpoints of `GRPOTrainer`, mixed in before `transformers.Trainer`.
+class ExactResume(Trainer):
+    """The checkpoints of `GRPOTrainer`.
 
     A checkpoint holds the model as transformers writes it, and beside it the optimizer, the schedule, the random
     states, the sampler's position, the buffered rollouts and (where it moves) the reference, as safetensors and JSON.
     """
+
+    args: GRPOConfig
+    train_examples: Sequence[Example]
+    sampler: PromptSampler
+    metrics: Metrics
+    control: TrainerControl
+    optimizer: Any
+    ref_model: Any
+    rollout_store: RolloutStore | None
+    _buffer: GenerationBatch | None
+    _buffered_generation: int
+    _micro_step: int
+    _random_states: dict
+
+    def _encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
+        """The examples' prompts, images decoded and processed once."""
+        device, kwargs = self.accelerator.device, self.args.chat_template_kwargs
+        return [encode_prompt(self.processing_class, e, device=device, template_kwargs=kwargs) for e in examples]
 
     # ---- save -----------------------------------------------------------------------------------------------------
 
@@ -104,7 +128,7 @@ class ExactResume:
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        if wanted is True:
+        if isinstance(wanted, bool):
             found = checkpoints.latest_complete(self.args.output_dir)
             if found is None:
                 raise CheckpointError(

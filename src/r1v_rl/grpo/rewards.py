@@ -60,7 +60,7 @@ class RewardStage:
     def __call__(self, groups: Sequence[RolloutGroup], accelerator: Accelerator, trainer_state: Any) -> Rewarded:
         extra: dict[str, list] = defaultdict(list)
         scalars: dict[str, list] = defaultdict(list)
-        arguments = reward_arguments(groups)
+        arguments: dict[str, Any] = reward_arguments(groups)
         arguments["trainer_state"] = trainer_state
         arguments["log_extra"] = lambda column, values: extra[column].extend(values)
         arguments["log_metric"] = lambda name, value: scalars[name].append(float(value))
@@ -88,7 +88,7 @@ class RewardStage:
         return group_advantages(rewards, scale=self._args.scale_rewards, batch_std=batch_std)
 
 
-def reward_arguments(groups: Sequence[RolloutGroup]) -> dict[str, list]:
+def reward_arguments(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     """Keyword arguments of a reward function in TRL's signature: one list of P * G values for each name."""
     pairs = [(group.example, completion) for group in groups for completion in group.completions]
     names = dict.fromkeys(name for example, _ in pairs for name in example.columns)

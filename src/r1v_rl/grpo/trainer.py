@@ -1,14 +1,13 @@
 """The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PreTrainedModel, ProcessorMixin
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from r1v_rl.data.chat import prompt_text
@@ -26,7 +25,6 @@ from r1v_rl.grpo.resume import ExactResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
-from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
@@ -36,7 +34,7 @@ _HELDOUT_CHUNK = 256
 """Held-out rows whose pictures are in memory at once."""
 
 
-class GRPOTrainer(ExactResume, Trainer):
+class GRPOTrainer(ExactResume):
     """Multimodal GRPO on `transformers.Trainer`, with TRL's constructor and TRL's metric names.
 
     Args:
@@ -196,12 +194,6 @@ class GRPOTrainer(ExactResume, Trainer):
                 [*self.train_examples, *(self.eval_examples or [])],
             )
         return self._engine
-
-    def _encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
-        device, template_kwargs = self.accelerator.device, self.args.chat_template_kwargs
-        return [
-            encode_prompt(self.processing_class, e, device=device, template_kwargs=template_kwargs) for e in examples
-        ]
 
     @property
     def stopped_by(self) -> int | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
 from r1v_rl.models.vision import VisionOnce
@@ -34,7 +35,7 @@ class TokenScores:
     entropies: Float[Tensor, " M"]
 
 
-def add_logprob_head(model: nn.Module, *, temperature: float, float32_head: bool) -> None:
+def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head: bool) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
     The logits of the scored positions alone are computed, in tiles (TRL's chunked kernel), and never stored. The call

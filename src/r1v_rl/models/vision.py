@@ -3,6 +3,7 @@
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class VisionOnce:
     followed by an index that repeats the *features*; the gradients of all copies add up in it.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self._rows: Tensor | None = None
         backbone = model.base_model
         if not hasattr(backbone, "get_image_features"):

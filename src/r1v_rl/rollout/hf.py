@@ -1,7 +1,8 @@
 """Rollouts by transformers' `generate`: slow, and the reference that the fast engine is held against."""
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
@@ -11,13 +12,13 @@ from r1v_rl.types import Completion
 class TransformersEngine:
     """Samples from the policy object itself; there is nothing to sync."""
 
-    def __init__(self, policy: nn.Module, tokenizer, *, eos_token_ids: list[int], banned_token_ids: list[int]):
+    def __init__(self, policy: Any, tokenizer: Any, *, eos_token_ids: list[int], banned_token_ids: list[int]):
         self._policy = policy
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
         self._banned = banned_token_ids
 
-    def sync_weights(self, policy: nn.Module) -> None:
+    def sync_weights(self, policy: Any) -> None:
         self._policy = policy
 
     @torch.no_grad()

@@ -1,12 +1,14 @@
 """The policy's weights under the names of its files on disk, which is what inference engines read."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 
 @torch.no_grad()
-def disk_weights(policy: nn.Module) -> dict[str, Tensor]:
+def disk_weights(policy: Any) -> dict[str, Tensor]:
     """Every weight by its name on disk, LoRA merged in; the policy itself is not touched.
 
     A tied head is listed under its own name too: an engine that keeps a copy of it would go stale otherwise.
