@@ -24,17 +24,15 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._restore()
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         print(
             f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again = at once", flush=True
         )
-        self._restore()
+        self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Give the signals back to who had them; called when training ends, however it ends."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
 from r1v_rl.grpo.batch import GenerationBatch
+from r1v_rl.grpo.callbacks import StopOnSignal
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
 from r1v_rl.grpo.sampler import MicroSteps, PromptSampler
@@ -52,6 +53,7 @@ class ExactResume(Trainer):
     _buffer: GenerationBatch | None
     _buffered_generation: int
     _micro_step: int
+    _stop: StopOnSignal
     _random_states: dict
 
     def _encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
@@ -125,7 +127,10 @@ class ExactResume(Trainer):
                 return TrainOutput(self.state.global_step, 0.0, {})
         elif self.rollout_store is not None:
             self.rollout_store.forget_after(-1)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            self._stop.restore()
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         if isinstance(wanted, bool):

@@ -16,6 +16,8 @@ from r1v_rl.rollout.weights import disk_weights
 from r1v_rl.runtime import children_prepared
 from r1v_rl.types import Completion
 
+_BATCHED_TOKENS = 16384
+"""Also vLLM's budget for image features: less would encode one picture of many tiles at a time."""
 _BAN = -100.0  # added to a logit: the token is never drawn, and reported log-probabilities stay the raw ones
 
 
@@ -71,6 +73,7 @@ class VllmEngine:
                 tensor_parallel_size=tensor_parallel_size,
                 limit_mm_per_prompt={"image": max_images} if max_images else None,
                 logprobs_mode="raw_logprobs" if temperature in (0.0, 1.0) else "processed_logprobs",
+                max_num_batched_tokens=_BATCHED_TOKENS,
                 disable_log_stats=True,
             )
 
@@ -88,10 +91,9 @@ class VllmEngine:
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         requests = [self._request(prompt) for prompt in prompts]
-        seeds = numpy.random.SeedSequence(seed).generate_state(len(prompts))  # vLLM adds 0..n-1 for the n completions
-        parameters = [self._parameters(sampling, int(request_seed)) for request_seed in seeds]
         with _random_states_kept():
-            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+            torch.manual_seed(seed)  # seeds of single requests break chunked prefills on a CPU, and are slower
+            outputs = self._llm.generate(requests, self._parameters(sampling), use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if list(output.prompt_token_ids) != prompt.prompt_ids:
                 raise UserError(
@@ -107,7 +109,7 @@ class VllmEngine:
             request["multi_modal_data"] = {"image": prompt.images}
         return request
 
-    def _parameters(self, sampling: Sampling, seed: int):
+    def _parameters(self, sampling: Sampling):
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -119,7 +121,6 @@ class VllmEngine:
                 "top_k": sampling.top_k,
                 "min_p": sampling.min_p or 0.0,
                 "repetition_penalty": sampling.repetition_penalty,
-                "seed": seed,
                 "logprobs": 0,
                 "logit_bias": dict.fromkeys(self._banned, _BAN) or None,
                 **sampling.extra,
@@ -141,10 +142,8 @@ class VllmEngine:
 def _random_states_kept() -> Iterator[None]:
     """vLLM reseeds torch, random and numpy when it starts, and draws from torch's stream when it samples: training
     must not depend on either."""
-    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-    try:
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
