@@ -8,7 +8,7 @@ from random import Random
 
 COLORS = ("red", "blue", "green", "yellow")
 SHAPES = ("circle", "square", "triangle")
-DIGITS = tuple(range(1, 10))
+DIGITS = tuple(range(1, 7))
 CELLS = ("a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3")
 NUM_CELLS = len(CELLS)
 KINDS = ("count", "sum", "difference", "compare", "frequent")
@@ -111,7 +111,7 @@ def sample_scene(rng: Random, *, num_objects: int, split: str) -> Scene:
     while True:
         color_weights = [rng.expovariate(1.0) for _ in COLORS]
         shape_weights = [rng.expovariate(1.0) for _ in SHAPES]
-        digits = rng.sample(DIGITS, rng.randint(2, 6))
+        digits = rng.sample(DIGITS, rng.randint(2, 5))
         cells: list[Thing | None] = [None] * NUM_CELLS
         for cell in rng.sample(range(NUM_CELLS), num_objects):
             color = rng.choices(COLORS, color_weights)[0]

@@ -1,4 +1,4 @@
-"""Trains the tiny parts and writes them with their checksums and log: `python -m r1v_rl.tiny.build --out DIR [--part P]`.
+"""Trains the tiny parts and writes them with checksums and log: `python -m r1v_rl.tiny.build --out DIR [--part P]`.
 
 About an hour on two cores. The parts are shipped, so nobody has to run it; it is how they were made.
 """

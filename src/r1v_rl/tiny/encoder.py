@@ -12,12 +12,12 @@ from tqdm import tqdm
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from r1v_rl.data.scene_pictures import PICTURE_SIZE, draw_scene
-from r1v_rl.data.scene_questions import COLORS, NUM_CELLS, SHAPES, Scene, sample_scene
+from r1v_rl.data.scene_questions import COLORS, DIGITS, NUM_CELLS, SHAPES, Scene, sample_scene
 from r1v_rl.models.compose import image_processor, shuffled_features
 from r1v_rl.tiny.optimizers import muon_and_adamw, step_all, warm_and_decay
 
 logger = logging.getLogger(__name__)
-HEADS = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "digit": 10, "cell": NUM_CELLS}
+HEADS = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "digit": len(DIGITS) + 1, "cell": NUM_CELLS}
 
 
 def encoder_config() -> InternVLVisionConfig:

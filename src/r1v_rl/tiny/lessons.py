@@ -68,7 +68,11 @@ def sample_lesson(task: str, rng: Random, *, split: str, careful: bool | None = 
 def lesson_batches(
     tokenizer: PreTrainedTokenizerFast, mix: dict[str, int], *, seed: int, batch_size: int, easy: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, loss mask) of training lessons, right-padded; rows of like length stand together."""
+    """Endless (ids, loss mask) of training lessons, right-padded.
+
+    Rows of like length stand together, but not where the model chooses between short and long chains: in a batch of
+    short ones alone, the first word weighs more than it does in a batch of long ones, and the choice would be skewed.
+    """
     rng = Random(f"lessons-{seed}")
     pad = tokenizer.pad_token_id
     while True:
@@ -76,7 +80,9 @@ def lesson_batches(
         lessons = [sample_lesson(task, rng, split="train", easy=easy) for task in tasks]
         prompts = tokenizer([x.prompt for x in lessons])["input_ids"]
         completions = tokenizer([x.completion + END for x in lessons])["input_ids"]
-        rows = sorted(zip(prompts, completions, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        rows = list(zip(prompts, completions, strict=True))
+        if "think" not in mix:
+            rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         for batch in batches:
