@@ -1,6 +1,7 @@
 """The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -311,7 +312,7 @@ class GRPOTrainer(ExactResume):
         return batch.sampler_logprobs if self.args.vllm_importance_sampling_correction else None
 
 
-def _examples(dataset: Dataset | list) -> list[Example]:
+def _examples(dataset: Dataset | Sequence) -> Sequence[Example]:
     if len(dataset) and isinstance(dataset[0], Example):
-        return list(dataset)
+        return dataset
     return examples_from_rows(dataset, images_without_marks="prepend", answer_required=False)
