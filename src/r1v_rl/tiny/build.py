@@ -25,7 +25,7 @@ from r1v_rl.tiny.parts import ASSETS, write_checksums
 from r1v_rl.tiny.tokenizer import DIRECT_TEMPLATE, REASONING_TEMPLATE
 
 logger = logging.getLogger(__name__)
-STEPS = {"encoder": 1600, "substitute": 2200, "reasoning": 600}
+STEPS = {"encoder": 1600, "substitute": 3500, "reasoning": 600}
 
 
 def build_encoder(out: Path, steps: int, seed: int) -> None:
@@ -39,7 +39,7 @@ def build_substitute(out: Path, steps: int, seed: int) -> None:
         return substitute_report(model)
 
     model = fresh_language_model(seed)
-    train_language_model(model, SUBSTITUTE_MIX, steps=steps, lr=3e-3, seed=seed, name="substitute", report=report)
+    train_language_model(model, SUBSTITUTE_MIX, steps=steps, lr=2.5e-3, seed=seed, name="substitute", report=report)
 
 
 def build_reasoning(out: Path, steps: int, seed: int) -> None:
@@ -49,7 +49,7 @@ def build_reasoning(out: Path, steps: int, seed: int) -> None:
 
     model = Qwen2ForCausalLM.from_pretrained(out / "substitute_llm", dtype="float32")
     train_language_model(
-        model, REASONING_MIX, steps=steps, lr=1e-3, seed=seed + 1, name="reasoning", easy=0.0, report=report
+        model, REASONING_MIX, steps=steps, lr=2e-3, seed=seed + 1, name="reasoning", easy=0.0, report=report
     )
 
 

@@ -89,7 +89,7 @@ def train_language_model(
     steps: int,
     lr: float,
     seed: int,
-    batch_size: int = 64,
+    batch_size: int = 48,
     noise: float = 0.3,
     easy: float = 0.2,
     name: str,

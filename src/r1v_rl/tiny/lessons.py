@@ -20,7 +20,7 @@ from r1v_rl.data.scene_chains import (
 from r1v_rl.data.scene_questions import KINDS, KINDS_OF_TWO, Scene, positioned_scene, sample_question
 from r1v_rl.tiny.tokenizer import END
 
-SUBSTITUTE_MIX = {"direct": 10, "explain": 74, "describe": 8, "look_up": 8}
+SUBSTITUTE_MIX = {"direct": 10, "explain": 66, "describe": 14, "look_up": 10}
 REASONING_MIX = {"think": 100}
 
 

@@ -7,7 +7,7 @@ from r1v_rl.errors import RecipeError
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("vision_encoder", "substitute_llm", "reasoning_llm")
-CHECKSUMS = ASSETS / "SHA256SUMS"
+CHECKSUMS = ASSETS / "SHA256SUMS.txt"
 
 
 def resolve_part(name: str | Path) -> Path:
@@ -28,7 +28,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def write_checksums(folder: Path) -> None:
     lines = [f"{digest}  {name}\n" for name, digest in checksums(folder).items()]
-    (folder / "SHA256SUMS").write_text("".join(lines))
+    (folder / "SHA256SUMS.txt").write_text("".join(lines))
 
 
 def read_checksums() -> dict[str, str]:
