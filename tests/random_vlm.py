@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import r1v_rl  # isort: skip  # noqa: F401  (prepares a spawned process before torchvision is imported)
 import torch
 from PIL import Image
 from transformers import (
@@ -12,7 +13,6 @@ from transformers import (
     Qwen2Config,
 )
 
-import r1v_rl  # noqa: F401  (before torch)
 from r1v_rl.models.compose import image_processor
 from r1v_rl.tiny.tokenizer import build_tokenizer
 

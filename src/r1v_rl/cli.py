@@ -23,6 +23,7 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
+    "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
     "check": Command(
         "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
