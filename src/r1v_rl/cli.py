@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),
+    "report": Command("r1v_rl.tracking.report:main", "one HTML page for a run's folder"),
 }
 
 
