@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from r1v_rl.sft.main import CONFIGS as ALIGN_CONFIGS
 
 from r1v_rl.config import parse_recipe
 from r1v_rl.grpo.main import CONFIGS as GRPO_CONFIGS
+from r1v_rl.sft.main import CONFIGS as ALIGN_CONFIGS
 from r1v_rl.tracking.completions import read_rollouts
 from r1v_rl.tracking.metrics import read_metrics
 

@@ -92,10 +92,13 @@ def positioned_scene(scene: Scene) -> str:
 
 def parse_scene(text: str) -> Scene:
     """The scene that `written_scene` wrote."""
-    cells = []
+    cells: list[Thing | None] = []
     for word in text.split():
-        color, shape, digit = (None, None, None) if word == EMPTY else word.split("-")
-        cells.append(Thing(color, shape, int(digit)) if color else None)
+        if word == EMPTY:
+            cells.append(None)
+        else:
+            color, shape, digit = word.split("-")
+            cells.append(Thing(color, shape, int(digit)))
     assert len(cells) == NUM_CELLS, text
     return tuple(cells)
 

@@ -1,6 +1,7 @@
 """A vision-language model from its parts: vision encoder, fresh projector, causal language model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ def _join(
 
 
 @torch.no_grad()
-def _init_projector(projector: nn.Module, embeddings: Tensor) -> None:
+def _init_projector(projector: Any, embeddings: Tensor) -> None:
     """Draws the two linear layers so that visual tokens come out at the scale of the word embeddings."""
     for linear in (projector.linear_1, projector.linear_2):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

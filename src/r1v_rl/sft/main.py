@@ -10,6 +10,7 @@ from r1v_rl.sft.alignment import AlignmentConfig, align
 
 CONFIGS = (AlignmentConfig,)
 
+
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 when the projector is trained and the model stands in `output_dir`."""
     torch.set_flush_denormal(True)

@@ -5,7 +5,6 @@ About an hour on two cores. The parts are shipped, so nobody has to run it; it i
 
 import argparse
 import logging
-import sys
 import time
 from pathlib import Path
 
@@ -77,4 +76,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

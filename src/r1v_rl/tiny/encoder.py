@@ -92,7 +92,7 @@ def train_encoder(
         losses = {
             n: nn.functional.cross_entropy(h(features).flatten(0, 1), labels[n].flatten()) for n, h in heads.items()
         }
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         step_all(optimizers, schedules)
         bar.set_postfix({n: f"{loss.item():.3f}" for n, loss in losses.items()}, refresh=False)

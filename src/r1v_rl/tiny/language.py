@@ -60,6 +60,7 @@ class CellEmbedding(nn.Module):
         members = torch.zeros(num_words, len(self.attributes))
         for row, (cell, content) in enumerate(product(range(cell_0, cells), contents)):
             members[row, [cell, *content]] = 1
+        self.members: Tensor
         self.register_buffer("members", members)
 
     def table(self) -> Tensor:
