@@ -15,6 +15,7 @@ from r1v_rl.checkpoints import checkpoint_folders
 from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
 from r1v_rl.data.chat import load_processor
 from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.data.scenes import chance_accuracy
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.evaluate.accuracy import Accuracy
 from r1v_rl.grpo.config import GRPOConfig, RunConfig
@@ -135,8 +136,13 @@ def _measure(trainer: GRPOTrainer, before: Accuracy | None, started: float) -> d
             "accuracy_after": asdict(after),
             "blank_image_accuracy": blank.value,
         }
+        lines: dict[str, object] = {"before": before, "after": after, "after, blank pictures": blank}
+        templates = [{**e.columns, "answer": e.answer} for e in trainer.eval_examples if "template" in e.columns]
+        if templates:
+            summary["chance_accuracy"] = chance_accuracy(templates)
+            lines["best constant answers"] = f"{100 * summary['chance_accuracy']:.1f} %"
         print(f"\nheld-out accuracy, greedy, {len(trainer.eval_examples)} rows, 95 % interval")
-        for name, value in (("before", before), ("after", after), ("after, blank pictures", blank)):
+        for name, value in lines.items():
             print(f"  {name:<24}{'not measured' if value is None else value}")
     summary["seconds"] = round(time.perf_counter() - started, 1)
     print(f"{summary['seconds']:.0f} s in all", flush=True)
