@@ -16,11 +16,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import r1v_rl  # isort: skip  # noqa: F401  (before torchvision is imported)
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import r1v_rl  # noqa: F401  (before torch)
 from r1v_rl.data.dataset import load_examples
 from r1v_rl.models.compose import compose_vlm
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
