@@ -7,8 +7,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from r1v_rl.config import build_configs, read_recipe
 from r1v_rl.data.scene_lessons import scene_lessons
 from r1v_rl.errors import RecipeError
+from r1v_rl.models.compose import compose_vlm
 from r1v_rl.models.parts import part_of
 from r1v_rl.sft.alignment import IGNORED, AlignmentConfig, CompletionCollator, align
+from r1v_rl.tiny.parts import resolve_part
 
 RECIPE = "recipes/tiny/align.yaml"
 
@@ -22,9 +24,10 @@ def aligned(tmp_path_factory):
     return folder, align(config)
 
 
-def test_only_the_projector_moves_and_the_loss_falls(aligned):
+def test_only_the_projector_moves_and_the_loss_falls(aligned, tmp_path):
     folder, trainer = aligned
-    before = AutoModelForImageTextToText.from_pretrained(folder / "composed").state_dict()
+    parts = resolve_part("tiny/vision_encoder"), resolve_part("tiny/reasoning_llm")
+    before = compose_vlm(*parts, tmp_path, seed=trainer.args.seed).state_dict()
     after = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
     assert {part_of(name) for name in before if not torch.equal(before[name], after[name])} == {"projector"}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -33,7 +33,7 @@ class VisionOnce:
             return outputs
 
         backbone.get_image_features = types.MethodType(get_image_features, backbone)
-        _run_without_graph_where_frozen(part_module(model, "vision_encoder"))
+        run_without_graph_where_frozen(part_module(model, "vision_encoder"))
 
     @contextmanager
     def repeated(self, rows: Tensor | None) -> Iterator[None]:
@@ -45,7 +45,7 @@ class VisionOnce:
             self._rows = None
 
 
-def _run_without_graph_where_frozen(tower: nn.Module) -> None:
+def run_without_graph_where_frozen(tower: nn.Module) -> None:
     """A tower without a trainable parameter runs in eval mode under `no_grad`, whatever hooks gradient checkpointing
     has put on its embeddings."""
     original = tower.forward

@@ -1,6 +1,6 @@
 """Projector alignment: the projector alone learns to write what the language model reads; the rest stays as it is."""
 
-import types
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from r1v_rl.data.scene_lessons import scene_lessons
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.compose import compose_vlm
 from r1v_rl.models.parts import freeze_all_but, part_module
+from r1v_rl.models.vision import run_without_graph_where_frozen
 from r1v_rl.tiny.parts import resolve_part
 
 IGNORED = -100
@@ -74,7 +75,7 @@ class AlignmentTrainer(SFTTrainer):
 
     def __init__(self, model: nn.Module, args: AlignmentConfig, train_dataset: Any, processing_class: ProcessorMixin):
         freeze_all_but(model, ["projector"])
-        _run_without_graph(part_module(model, "vision_encoder"))
+        run_without_graph_where_frozen(part_module(model, "vision_encoder"))
         super().__init__(
             model=model,
             args=args,
@@ -84,45 +85,32 @@ class AlignmentTrainer(SFTTrainer):
         )
 
 
-def _run_without_graph(module: nn.Module) -> None:
-    original = module.forward
-
-    def forward(self, *args, **kwargs):
-        with torch.no_grad():
-            return original(*args, **kwargs)
-
-    module.forward = types.MethodType(forward, module)
-
-
-def _starting_model(config: AlignmentConfig) -> str:
-    if config.model_name_or_path:
-        return config.model_name_or_path
+def _composed(config: AlignmentConfig, folder: str) -> str:
+    """The recipe's two parts joined in `folder`."""
     if not (config.vision_encoder and config.language_model):
         raise RecipeError(
             "align needs `model_name_or_path`, or both `vision_encoder` and `language_model`; received "
             f"vision_encoder={config.vision_encoder!r}, language_model={config.language_model!r}"
         )
-    folder = Path(config.output_dir) / "composed"
-    compose_vlm(
-        resolve_part(config.vision_encoder),
-        resolve_part(config.language_model),
-        folder,
-        max_image_tiles=config.max_image_tiles,
-        seed=config.seed,
-    )
-    return str(folder)
+    parts = resolve_part(config.vision_encoder), resolve_part(config.language_model)
+    compose_vlm(*parts, folder, max_image_tiles=config.max_image_tiles, seed=config.seed)
+    return folder
 
 
 def align(config: AlignmentConfig) -> AlignmentTrainer:
     """Joins the parts if need be, trains the projector, and leaves the model in `output_dir`."""
     if config.dataset_name != "scenes":
         raise RecipeError(f"align reads the dataset `scenes`; received dataset_name={config.dataset_name!r}")
-    start = _starting_model(config)
-    model = AutoModelForImageTextToText.from_pretrained(start, dtype="float32")
-    processor = AutoProcessor.from_pretrained(start)
+    if config.max_steps < 1:
+        raise RecipeError(f"`max_steps` must be at least 1: `scenes` has no end; received {config.max_steps}")
+    with tempfile.TemporaryDirectory() as folder:
+        start = config.model_name_or_path or _composed(config, folder)
+        model = AutoModelForImageTextToText.from_pretrained(start, dtype="float32")
+        processor = AutoProcessor.from_pretrained(start)
     rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
     trainer = AlignmentTrainer(model, config, scene_lessons("train", rows, config.seed), processor)
     trainer.train()
     model.requires_grad_(True)
     trainer.save_model(config.output_dir)
+    Path(config.output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
     return trainer
