@@ -68,6 +68,16 @@ def test_killed_inside_a_save_at_every_write(model, tmp_path):
     assert nth > 10, f"only {nth} writes seen: the hook misses the save"
 
 
+def test_killed_with_rollouts_by_vllm(model, tmp_path):
+    """The engine starts anew, with empty caches; what it samples follows from weights, prompts and seed."""
+    vllm = {"use_vllm": True, "vllm_kv_cache_memory_bytes": 2**27, "vllm_max_model_length": 256, "max_steps": 4}
+    changes = {**vllm, "num_iterations": 2}
+    wanted = uninterrupted(model, tmp_path / "whole", changes)
+    for step in (1, 2):
+        assert in_child(model, tmp_path / "killed", changes, {"step": step, "moment": "after save"}) == -9
+    assert uninterrupted(model, tmp_path / "killed", changes) == wanted
+
+
 def test_a_finished_run_resumes_to_nothing(model, tmp_path):
     wanted = uninterrupted(model, tmp_path / "run", {"max_steps": 2})
     assert uninterrupted(model, tmp_path / "run", {"max_steps": 2}) == wanted
