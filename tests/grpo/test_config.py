@@ -13,7 +13,10 @@ OTHER_VALUES = {
     "cache_implementation": "static",
     "ds3_gather_for_generation": False,
     "log_completions_hub_repo": "me/rollouts",
+    "log_multimodal": False,
+    "log_unique_prompts": True,
     "max_tool_calling_iterations": 3,
+    "num_generations_eval": 2,
     "off_policy_mask_threshold": 0.5,
     "router_aux_loss_coef": 0.1,
     "trust_remote_code": True,
@@ -23,6 +26,7 @@ OTHER_VALUES = {
     "vllm_enable_sleep_mode": True,
     "vllm_importance_sampling_cap": 2.0,
     "vllm_model_impl": "transformers",
+    "vllm_server_base_url": "http://127.0.0.1:8000",
     "vllm_structured_outputs_regex": "a+",
 }
 

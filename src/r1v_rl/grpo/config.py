@@ -12,7 +12,10 @@ REFUSED_KEYS = {
     "cache_implementation": "completions come from vLLM, or from transformers' own default cache",
     "ds3_gather_for_generation": "weights are gathered for every rollout engine the same way",
     "log_completions_hub_repo": "every rollout is kept in output_dir/rollouts as parquet; upload that folder",
+    "log_multimodal": "the completions table always shows the pictures",
+    "log_unique_prompts": "every completion of a rollout is kept in output_dir/rollouts",
     "max_tool_calling_iterations": "tools are not supported",
+    "num_generations_eval": "held-out rows are answered greedily, once",
     "off_policy_mask_threshold": "use `vllm_importance_sampling_mode` to correct off-policy tokens",
     "router_aux_loss_coef": "mixture-of-experts models are not supported",
     "trust_remote_code": "code from a model repository is never run",
@@ -22,6 +25,7 @@ REFUSED_KEYS = {
     "vllm_enable_sleep_mode": "not supported; lower `vllm_gpu_memory_utilization`",
     "vllm_importance_sampling_cap": "TRL renamed it: use `vllm_importance_sampling_clip_max`",
     "vllm_model_impl": "vLLM's own model classes are used",
+    "vllm_server_base_url": "rollouts by a server are not supported; vLLM runs in this process",
     "vllm_structured_outputs_regex": "a constrained sampler has other log-probabilities than the policy",
 }
 """TRL keys that are not implemented, each with the reason. Any value but TRL's default is an error, never ignored."""
