@@ -203,9 +203,10 @@ def test_a_bad_row_is_refused_before_training(place, capsys, vlm, change, messag
     assert not (place / "out").exists()
 
 
-def test_a_gold_answer_that_cannot_be_read_is_refused(place, capsys):
+@pytest.mark.parametrize("command", ["check", "grpo"])
+def test_a_gold_answer_that_cannot_be_read_is_refused(place, capsys, command):
     write_rows(place, [row | {"answer": "\\frac{"} for row in sound_rows()])
-    assert_matches(r"row one: its own gold answer .* is rewarded with", refused(place, capsys))
+    assert_matches(r"row one: its own gold answer .* is rewarded with", refused(place, capsys, command=command))
 
 
 @pytest.mark.parametrize("command", ["check", "grpo"])
@@ -228,6 +229,7 @@ def test_a_bad_key_is_refused_before_training(place, capsys, overrides, message,
     assert_matches(message, refused(place, capsys, *overrides, command=command))
 
 
+@pytest.mark.parametrize("command", ["check", "grpo"])
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -241,12 +243,14 @@ def test_a_bad_key_is_refused_before_training(place, capsys, overrides, message,
         ("my_rewards.py:raising", r"raising.*colour"),
     ],
 )
-def test_a_bad_reward_is_refused_before_training(place, capsys, reward, message):
-    assert_matches(r"rewards: .*" + message, refused(place, capsys, "--reward_funcs", str(place / reward)))
+def test_a_bad_reward_is_refused_before_training(place, capsys, reward, message, command):
+    assert_matches(message, refused(place, capsys, "--reward_funcs", str(place / reward), command=command))
+    assert not (place / "out" / "config.yaml").exists(), "the run had begun"
 
 
-def test_a_model_that_is_nowhere_is_refused(place, capsys):
-    text = refused(place, capsys, "--model_name_or_path", "nowhere")
+@pytest.mark.parametrize("command", ["check", "grpo"])
+def test_a_model_that_is_nowhere_is_refused(place, capsys, command):
+    text = refused(place, capsys, "--model_name_or_path", "nowhere", command=command)
     assert_matches(r"`model_name_or_path` must be a model folder with its processor.*nowhere cannot be read", text)
 
 

@@ -5,6 +5,7 @@ import torch
 from grpo.tiny_run import ROWS, make_trainer
 from random_vlm import save_random_vlm
 
+from r1v_rl.data.chat import limit_image_tiles
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.grpo.batch import model_inputs, score
 from r1v_rl.rollout.engine import Sampling
@@ -133,3 +134,15 @@ def test_merged_lora_weights_are_synced_and_the_base_is_untouched(trainer, model
 def _prompts(trainer):
     examples = examples_from_rows(ROWS[:4], images_without_marks="prepend", answer_required=False)
     return [encode_prompt(trainer.processing_class, example, device="cpu") for example in examples]
+
+
+def test_the_engine_reads_pictures_with_the_trainers_processor(trainer, model, tmp_path):
+    """`max_image_tiles` changes the processor in memory, not the model's folder."""
+    limited = make_trainer(model, tmp_path, **VLLM)
+    limit_image_tiles(limited.processing_class, 1)
+    prompts = _prompts(limited)
+    assert [len(p.vision_inputs.get("pixel_values", ())) for p in prompts] == [1, 0, 2, 1]
+    files = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    groups = limited.engine.generate(prompts, Sampling(num_generations=1, max_tokens=2), seed=0)
+    assert len(groups) == 4
+    assert files == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}, "the model's folder is untouched"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
@@ -112,12 +113,26 @@ def _engine_dtype(policy: nn.Module, args: GRPOConfig) -> str:
 
 @contextmanager
 def _model_folder(policy: Any, processor: Any) -> Iterator[str]:
-    """Where vLLM reads configuration, processor and first weights: the model's own folder, or a copy made for it."""
+    """What vLLM reads: the model's own folder, or one beside it where there is none, or where its processor is not the
+    one in use (`max_image_tiles`). Large files are linked, not copied, and the model's folder is not touched."""
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    if base.name_or_path and (Path(base.name_or_path).is_dir() or not Path(base.name_or_path).is_absolute()):
-        yield base.name_or_path
+    source = Path(base.name_or_path or "/nowhere")
+    if not source.is_absolute() and not source.is_dir():
+        source = Path(snapshot_download(base.name_or_path))
+    if source.is_dir() and _same_images(processor, AutoProcessor.from_pretrained(source)):
+        yield str(source)
         return
     with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if source.is_dir():
+            for path in source.iterdir():
+                if path.is_file() and not Path(folder, path.name).exists():
+                    Path(folder, path.name).symlink_to(path.resolve())
+        else:
+            base.save_pretrained(folder)
         yield folder
+
+
+def _same_images(processor: Any, other: Any) -> bool:
+    """Whether both cut and scale pictures alike."""
+    return processor.image_processor.to_dict() == other.image_processor.to_dict()
