@@ -7,20 +7,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import add_logprob_head
+from r1v_rl.models.packing import enable_packing, why_not_packed
 from r1v_rl.models.parts import freeze_all_but
+from r1v_rl.models.vision_features import VisionFeatures
 from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.prompts import placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
 from r1v_rl.types import Example
+
+logger = logging.get_logger(__name__)
 
 SUPPORTED_MODEL_TYPES = ("internvl",)
 DEFAULT_TRAINABLE = ("projector", "language_model")
@@ -63,6 +70,40 @@ def prepare_models(
         if args.gradient_checkpointing:
             policy.enable_input_require_grads()
     return policy, reference, processor
+
+
+def shares_prefix(args: GRPOConfig, *models: Any) -> bool:
+    """Whether prompts are run once a group, as the recipe asks: then every model is made ready for packed rows.
+
+    Where one cannot run them, a warning says why, and the update runs padded rows. None stands for no model.
+    """
+    if not args.share_prefix:
+        return False
+    used = [model for model in models if model is not None]
+    for model in used:
+        if reason := why_not_packed(model):
+            logger.warning(f"share_prefix: the prompt is run once for every completion, because {reason}")
+            return False
+    for model in used:
+        enable_packing(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return True
+
+
+def frozen_vision(policy: Any, args: GRPOConfig, accelerator: Accelerator) -> VisionFeatures | None:
+    """What runs a frozen vision encoder ahead of every pass; None where the passes run it themselves.
+
+    Raises:
+        RecipeError: If the recipe asks for a cache where there cannot be one.
+    """
+    reason = VisionFeatures.why_not(policy)
+    if reason is None and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        reason = "sharded weights are gathered inside the model's own forward only"
+    if reason is None:
+        keeps = args.vision_features == "cache"
+        return VisionFeatures(policy, cache_bytes=args.vision_cache_memory_bytes if keeps else 0)
+    if args.vision_features == "cache":
+        raise RecipeError(f"`vision_features: cache` cannot be: {reason}. Set `vision_features: recompute`.")
+    return None
 
 
 @contextmanager

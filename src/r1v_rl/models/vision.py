@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from r1v_rl.models.parts import part_module
 
@@ -47,10 +48,13 @@ class VisionOnce:
 
 def run_without_graph_where_frozen(tower: nn.Module) -> None:
     """A tower without a trainable parameter runs in eval mode under `no_grad`, whatever hooks gradient checkpointing
-    has put on its embeddings."""
+    has put on its embeddings. Given its own features (tiles, tokens, hidden) for pixels, it hands them on."""
     original = tower.forward
 
     def forward(module, *args, **kwargs):
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and pixels.ndim == 3:
+            return BaseModelOutputWithPooling(last_hidden_state=pixels)
         if any(parameter.requires_grad for parameter in module.parameters()):
             return original(*args, **kwargs)
         if module.training:
