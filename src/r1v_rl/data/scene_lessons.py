@@ -14,7 +14,7 @@ from r1v_rl.data.scene_chains import (
     description,
     reasoned_completion,
 )
-from r1v_rl.data.scenes import IMAGE_MARK, SceneItem, check_rows, item_row, scene_item, scenes_rows
+from r1v_rl.data.scenes import SceneItem, check_rows, item_row, scene_item, scenes_rows
 from r1v_rl.errors import DataError
 
 _TWO_PICTURES_SHARE = 0.3
