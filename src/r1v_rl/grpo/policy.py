@@ -10,11 +10,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
+from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import add_logprob_head
+from r1v_rl.models.packing import enable_packing, why_not_packed
 from r1v_rl.models.parts import freeze_all_but
 from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
@@ -22,6 +24,8 @@ from r1v_rl.rollout.prompts import placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.types import Example
+
+logger = logging.get_logger(__name__)
 
 
 def prepare_models(
@@ -51,6 +55,23 @@ def prepare_models(
         if args.gradient_checkpointing:
             policy.enable_input_require_grads()
     return policy, reference, processor
+
+
+def shares_prefix(args: GRPOConfig, *models: Any) -> bool:
+    """Whether prompts are run once a group, as the recipe asks: then every model is made ready for packed rows.
+
+    Where one cannot run them, a warning says why, and the update runs padded rows. None stands for no model.
+    """
+    if not args.share_prefix:
+        return False
+    used = [model for model in models if model is not None]
+    for model in used:
+        if reason := why_not_packed(model):
+            logger.warning(f"share_prefix: the prompt is run once for every completion, because {reason}")
+            return False
+    for model in used:
+        enable_packing(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return True
 
 
 @contextmanager

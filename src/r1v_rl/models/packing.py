@@ -129,9 +129,9 @@ def enable_packing(model: PreTrainedModel) -> None:
         model.set_attn_implementation({"text_config": ATTENTION})
 
 
-def why_not_packed(model: PreTrainedModel) -> str | None:
+def why_not_packed(model: nn.Module) -> str | None:
     """Why `model` cannot run packed rows, in words; None where it can. A LoRA-wrapped model is looked through."""
-    config = model.config.get_text_config()
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if config.model_type not in SUPPORTED_LANGUAGE_MODELS:
         return f"its language model is a `{config.model_type}`; known are {', '.join(SUPPORTED_LANGUAGE_MODELS)}"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
