@@ -21,7 +21,7 @@ from r1v_rl.grpo.callbacks import StopOnSignal
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
 from r1v_rl.grpo.sampler import MicroSteps, PromptSampler
-from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.models.parts import part_hashes
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.state_files import load_state, save_state, weight_hash
 from r1v_rl.tracking.completions import RolloutStore
@@ -228,8 +228,7 @@ class ExactResume(Trainer):
 
     def part_hashes(self) -> dict[str, str]:
         """A hash of the weights of each part: a frozen one keeps its own through a run."""
-        weights = self.accelerator.unwrap_model(self.model).state_dict()
-        return {part: weight_hash({n: w for n, w in weights.items() if part_of(n) == part}) for part in PARTS}
+        return part_hashes(self.accelerator.unwrap_model(self.model))
 
     def data_hash(self) -> str:
         """A hash of the training rows' ids, prompts and answers."""
