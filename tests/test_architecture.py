@@ -20,6 +20,7 @@ LAYERS = (
     "distill",
     "sft",
     "grpo",
+    "chain",
     "check",
     "cli",
     "__main__ startup",

@@ -8,11 +8,11 @@ import trl
 
 from r1v_rl.config import DataConfig, parse_recipe
 from r1v_rl.data.chat import load_processor
-from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.errors import UserError
 from r1v_rl.grpo.config import GRPOConfig, RunConfig
 from r1v_rl.grpo.main import CONFIGS
-from r1v_rl.grpo.preflight import context_of, heldout_examples, longest_prompt, try_rewards
+from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.types import Example

@@ -25,6 +25,8 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
+    "run": Command("r1v_rl.chain.main:main", "run a chain of stages from its file, or go on where it stopped"),
+    "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on held-out rows"),
     "check": Command(
         "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),

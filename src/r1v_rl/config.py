@@ -81,6 +81,20 @@ class DataConfig:
             raise RecipeError(f"images_without_marks must be refuse or prepend, received {self.images_without_marks!r}")
 
 
+@dataclass
+class HeldoutConfig:
+    """Which rows a model is measured on; the other keys of `DataConfig` hold for them too."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows, measured greedily and never trained on."}
+    )
+    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
+    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
+    eval_dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of `scenes`, such as {num_images: 1}."}
+    )
+
+
 def parse_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: str = "r1v-rl") -> tuple[Any, ...]:
     """One instance of each class, from `--config FILE.yaml --key value ...`; the command line overrides the file.
 

@@ -13,7 +13,8 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import examples_from_rows
-from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
+from r1v_rl.evaluate.accuracy import Answered, accuracy, answer_greedily, blanked
+from r1v_rl.evaluate.interval import Accuracy
 from r1v_rl.grpo.batch import GenerationBatch, model_inputs, padded, score
 from r1v_rl.grpo.callbacks import StopOnSignal
 from r1v_rl.grpo.config import GRPOConfig
