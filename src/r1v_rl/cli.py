@@ -23,7 +23,8 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
+    "align": Command("r1v_rl.sft.main:align", "train the projector between a vision encoder and a language model"),
+    "sft": Command("r1v_rl.sft.main:main", "fine-tune a vision-language model on target texts, any parts of it"),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
     "run": Command("r1v_rl.chain.main:main", "run a chain of stages from its file, or go on where it stopped"),
     "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on held-out rows"),
