@@ -11,6 +11,7 @@ _EXPORTS = {
     "GRPOConfig": "r1v_rl.grpo.config",
     "GRPOTrainer": "r1v_rl.grpo.trainer",
     "compose_vlm": "r1v_rl.models.compose",
+    "transfer_projector": "r1v_rl.models.transfer",
 }
 __all__ = list(_EXPORTS)
 

@@ -23,7 +23,11 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
+    "compose": Command("r1v_rl.assembly:compose_main", "join a vision encoder and a language model by a new projector"),
     "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
+    "transfer": Command(
+        "r1v_rl.assembly:transfer_main", "move a trained projector to another language model of the same hidden size"
+    ),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
     "check": Command(
         "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
