@@ -14,6 +14,7 @@ LAYERS = (
     "data",
     "models",
     "tiny",
+    "assembly",
     "scoring",
     "rollout",
     "evaluate",

@@ -107,7 +107,7 @@ def test_version():
     ("arguments", "message"),
     [
         ([], "usage: r1v-rl COMMAND"),
-        (["chek"], "r1v-rl chek: error: there is no such command; there are align, .* Did you mean `check`?"),
+        (["chek"], "r1v-rl chek: error: there is no such command; there are .* Did you mean `check`?"),
         (["check", "--config", "no.yaml"], "r1v-rl check: error: --config must name a YAML file, received no.yaml"),
     ],
 )
