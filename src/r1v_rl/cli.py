@@ -24,6 +24,9 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
+    "iterate": Command(
+        "r1v_rl.sft.iterate.main:main", "iterative fine-tuning: answer, judge, score, select and train, round by round"
+    ),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
     "check": Command(
         "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
