@@ -20,7 +20,7 @@ TILE = 32
 _PATCH = 8
 
 
-def random_vlm(seed: int = 0, *, max_tiles: int = 3, dropout: float = 0.0):
+def random_vlm(seed: int = 0, *, max_tiles: int = 3, dropout: float = 0.0, text_config_class=Qwen2Config):
     """(model, processor): width 64, head size 32, 2 + 2 layers, 4 visual tokens a tile, float32."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -28,7 +28,7 @@ def random_vlm(seed: int = 0, *, max_tiles: int = 3, dropout: float = 0.0):
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=[TILE, TILE],
         patch_size=[_PATCH, _PATCH], use_qk_norm=False, hidden_dropout_prob=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    text = Qwen2Config(
+    text = text_config_class(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=False, attention_dropout=dropout,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

@@ -17,6 +17,7 @@ LAYERS = (
     "scoring",
     "rollout",
     "evaluate",
+    "training",
     "distill",
     "sft",
     "grpo",

@@ -23,7 +23,8 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
+    "align": Command("r1v_rl.sft.main:align", "train the projector between a vision encoder and a language model"),
+    "sft": Command("r1v_rl.sft.main:main", "fine-tune a vision-language model on target texts, any parts of it"),
     "iterate": Command(
         "r1v_rl.sft.iterate.main:main", "iterative fine-tuning: answer, judge, score, select and train, round by round"
     ),

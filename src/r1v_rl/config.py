@@ -155,7 +155,11 @@ def _parse_arguments(config_classes: Sequence[type], arguments: list[str], prog:
             raise RecipeError(re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message))
 
     parser = Parser(
-        list(config_classes), prog=prog, allow_abbrev=False, usage="%(prog)s --config FILE.yaml [--key value ...]"
+        list(config_classes),
+        prog=prog,
+        allow_abbrev=False,
+        usage="%(prog)s --config FILE.yaml [--key value ...]",
+        conflict_handler="resolve",  # TRL's own config may have a key of `DataConfig`
     )
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from trl.trainer.utils import split_tensor_dict
 
+from r1v_rl.grpo.batch import score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.rollout.engine import Sampling
@@ -50,7 +51,8 @@ class RecordedEngine:
 class Recording:
     """Four prompts of mixed tile counts, completions of mixed lengths, sampler log-probabilities near the policy's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, share_prefix: bool = True) -> None:
+        self.share_prefix = share_prefix
         _, self.processor = random_vlm()
         self.model = AutoModelForImageTextToText.from_pretrained(save_random_vlm(folder))  # TRL's reference reloads it
         generator = torch.Generator().manual_seed(7)
@@ -112,7 +114,7 @@ def run_ours(recording: Recording, output_dir: Path, move: float, **changes: Any
     """Our trainer on the same recording, moved likewise."""
     model = copy.deepcopy(recording.model)
     corrected = changes.pop("corrected", False)
-    changes["trainable"] = ["vision_encoder", "projector", "language_model"]
+    changes |= {"trainable": ["vision_encoder", "projector", "language_model"], "share_prefix": recording.share_prefix}
     completions = {}
     for p, row in enumerate(recording.rows):
         own = slice(p * G, (p + 1) * G)
@@ -129,6 +131,7 @@ def run_ours(recording: Recording, output_dir: Path, move: float, **changes: Any
         processing_class=recording.processor,
         engine=RecordedEngine(completions),
     )
+    assert trainer.share_prefix == recording.share_prefix
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = steps = trainer.args.gradient_accumulation_steps
     first = trainer._prepare_inputs({})
@@ -190,11 +193,7 @@ def _trl_scores(trainer: Any, part: dict) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def _our_scores(trainer: GRPOTrainer, rows: dict) -> tuple[list[Tensor], list[Tensor]]:
-    from r1v_rl.grpo.batch import model_inputs, score
-
-    inputs = model_inputs(
-        trainer._buffer, rows["start"], rows["end"], pad_token_id=trainer._tokenizer.pad_token_id, device="cpu"
-    )
+    inputs = trainer._model_inputs(trainer._buffer, rows["start"], rows["end"])
     logprobs, entropies = score(trainer.model, inputs)
     kept = inputs.loss_mask
     return [r[m] for r, m in zip(logprobs, kept, strict=True)], [r[m] for r, m in zip(entropies, kept, strict=True)]

@@ -7,9 +7,10 @@ from parity.recorded import Recording, run_ours, run_trl
 LOSS_TYPES = ["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo"]
 
 
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory) -> Recording:
-    return Recording(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=[True, False], ids=["shared", "padded"])
+def recording(tmp_path_factory, request) -> Recording:
+    """With the prompt run once a group, and once a completion."""
+    return Recording(tmp_path_factory.mktemp("model"), share_prefix=request.param)
 
 
 def assert_equal(ours, theirs) -> None:
@@ -104,7 +105,8 @@ def test_a_swapped_image_would_be_seen(recording, tmp_path, monkeypatch):
 
     def swapped(prompts, owners):
         inputs, rows = original(prompts, owners)
-        return inputs, [{0: 1, 1: 0}.get(row, row) for row in rows]
+        inputs["pixel_values"][[0, 1]] = inputs["pixel_values"][[1, 0]]
+        return inputs, rows
 
     monkeypatch.setattr(batch, "_vision", swapped)
     with pytest.raises(AssertionError):

@@ -1,11 +1,13 @@
 """A generation batch: whole groups, from the rollout to the loss, cut into micro-batches of rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r1v_rl.models.logprobs import Scored
+from r1v_rl.models.packing import PackedLayout
 from r1v_rl.rollout.prompts import EncodedPrompt
 
 
@@ -38,8 +40,8 @@ class GenerationBatch:
 class ModelInputs:
     """Rows `start:end` of a generation batch as the policy takes them, and where their tokens lie."""
 
-    kwargs: dict[str, Tensor]
-    """`input_ids`, `attention_mask` (both right-padded) and the vision inputs, each prompt's once."""
+    kwargs: dict[str, Any]
+    """`input_ids` and what goes with them, and the vision inputs, each prompt's once."""
     scored: Scored
     token_mask: Tensor
     """(B, T) bool: completion tokens, whether they count or not."""
@@ -47,37 +49,76 @@ class ModelInputs:
     """(B, T) bool: those that count."""
 
 
-def model_inputs(batch: GenerationBatch, start: int, end: int, *, pad_token_id: int, device) -> ModelInputs:
-    """Lay rows `start:end` out as plain padded rows; every prompt's pixels appear once, whatever G is."""
+def model_inputs(
+    batch: GenerationBatch, start: int, end: int, *, pad_token_id: int, device: Any, share_prefix: bool
+) -> ModelInputs:
+    """Rows `start:end` for the policy; every prompt's pixels appear once, whatever G is.
+
+    With `share_prefix` every prompt too: one row without padding holds each prompt, followed by its completions.
+    """
     group = batch.num_generations
     owners = [row // group for row in range(start, end)]
     completions = batch.completion_ids[start:end]
-    rows = [batch.prompts[p].prompt_ids + ids for p, ids in zip(owners, completions, strict=True)]
-    width = max(map(len, rows))
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    positions: list[int] = []
-    targets: list[int] = []
-    for i, (row, ids) in enumerate(zip(rows, completions, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        attention_mask[i, : len(row)] = 1
-        first = i * width + len(row) - len(ids) - 1
-        positions.extend(range(first, first + len(ids)))
-        targets.extend(ids)
+    prompts = {p: batch.prompts[p].prompt_ids for p in dict.fromkeys(owners)}
+    if share_prefix:
+        kwargs, positions = _packed_row(prompts, owners, completions, device)
+    else:
+        kwargs, positions = _padded_rows(prompts, owners, completions, pad_token_id, device)
     lengths = torch.tensor([len(ids) for ids in completions])
     token_mask = torch.arange(int(lengths.max())) < lengths[:, None]
     counts = torch.tensor(batch.counts[start:end])
     vision, image_rows = _vision(batch.prompts, owners)
     return ModelInputs(
-        kwargs={"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), **vision},
+        kwargs={**kwargs, **vision},
         scored=Scored(
             torch.tensor(positions, device=device),
-            torch.tensor(targets, device=device),
-            None if image_rows is None else torch.tensor(image_rows, device=device),
+            torch.tensor([token for ids in completions for token in ids], device=device),
+            None if image_rows is None or share_prefix else torch.tensor(image_rows, device=device),
         ),
         token_mask=token_mask.to(device),
         loss_mask=(token_mask & counts[:, None]).to(device),
     )
+
+
+def _padded_rows(
+    prompts: dict[int, list[int]], owners: list[int], completions: list[list[int]], pad_token_id: int, device: Any
+) -> tuple[dict[str, Any], list[int]]:
+    """Right-padded rows of prompt and completion, and the positions that predict the completions' tokens."""
+    rows = [prompts[p] + ids for p, ids in zip(owners, completions, strict=True)]
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    positions: list[int] = []
+    for i, (row, ids) in enumerate(zip(rows, completions, strict=True)):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        attention_mask[i, : len(row)] = 1
+        first = i * width + len(row) - len(ids) - 1
+        positions.extend(range(first, first + len(ids)))
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}, positions
+
+
+def _packed_row(
+    prompts: dict[int, list[int]], owners: list[int], completions: list[list[int]], device: Any
+) -> tuple[dict[str, Any], list[int]]:
+    """Each prompt once, then its completions (without their last tokens, which predict nothing), in one row; and the
+    positions that predict the completions' tokens: the first of each completion is predicted by the prompt's end."""
+    row: list[int] = []
+    lengths: list[int] = []
+    prefixes: list[int | None] = []
+    positions: list[int] = []
+    for p, prompt in prompts.items():
+        segment, prompt_end = len(lengths), len(row) + len(prompt)
+        row += prompt
+        lengths.append(len(prompt))
+        prefixes.append(None)
+        for ids in (ids for owner, ids in zip(owners, completions, strict=True) if owner == p and ids):
+            positions += [prompt_end - 1, *range(len(row), len(row) + len(ids) - 1)]
+            if len(ids) > 1:
+                row += ids[:-1]
+                lengths.append(len(ids) - 1)
+                prefixes.append(segment)
+    layout = PackedLayout.of(lengths, prefixes)
+    return {"input_ids": torch.tensor([row], device=device), **layout.forward_kwargs(device)}, positions
 
 
 def _vision(prompts: list[EncodedPrompt], owners: list[int]) -> tuple[dict[str, Tensor], list[int] | None]:

@@ -74,6 +74,13 @@ class GRPOConfig(trl.GRPOConfig):
     vllm_kv_cache_memory_bytes: int | None = field(
         default=None, metadata={"help": "KV cache of the in-process vLLM, in bytes; unset = vLLM's own measure."}
     )
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Run the prompt and its images once for all completions of a group. The numbers are the same; a "
+            "model that cannot do it falls back to padded rows, and one line says why."
+        },
+    )
     save_rollouts: bool = field(default=True, metadata={"help": "Keep every rollout in output_dir/rollouts."})
 
     def __post_init__(self) -> None:

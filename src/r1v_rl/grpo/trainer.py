@@ -14,28 +14,28 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
-from r1v_rl.grpo.batch import GenerationBatch, model_inputs, padded, score
-from r1v_rl.grpo.callbacks import StopOnSignal
+from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, model_inputs, padded, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
-from r1v_rl.grpo.optimizer import parameter_groups
-from r1v_rl.grpo.policy import make_engine, prepare_models, reference_policy
+from r1v_rl.grpo.policy import make_engine, prepare_models, reference_policy, shares_prefix
 from r1v_rl.grpo.records import completion_records, show_completions
-from r1v_rl.grpo.resume import ExactResume
+from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
+from r1v_rl.training.optimizer import parameter_groups
+from r1v_rl.training.signals import StopOnSignal
 from r1v_rl.types import Example, RolloutGroup
 
 _HELDOUT_CHUNK = 256
 """Held-out rows whose pictures are in memory at once."""
 
 
-class GRPOTrainer(ExactResume):
+class GRPOTrainer(GRPOResume):
     """Multimodal GRPO on `transformers.Trainer`, with TRL's constructor and TRL's metric names.
 
     Args:
@@ -65,6 +65,7 @@ class GRPOTrainer(ExactResume):
         engine: RolloutEngine | None = None,
     ):
         policy, self.ref_model, processor = prepare_models(model, processing_class, args, peft_config)
+        self.share_prefix = shares_prefix(args, policy, self.ref_model)
         self._stop = StopOnSignal()
         self.train_examples = _examples(train_dataset)
         self.eval_examples = _examples(eval_dataset) if eval_dataset is not None else None
@@ -159,9 +160,7 @@ class GRPOTrainer(ExactResume):
         """The policy loss of rows `start:end` of the buffered generation batch."""
         batch, start, end = self._buffer, inputs["start"], inputs["end"]
         assert batch is not None
-        rows = model_inputs(
-            batch, start, end, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device
-        )
+        rows = self._model_inputs(batch, start, end)
         logprobs, entropies = score(model, rows)
         loss_inputs = LossInputs(
             logprobs=logprobs,
@@ -195,11 +194,6 @@ class GRPOTrainer(ExactResume):
                 [*self.train_examples, *(self.eval_examples or [])],
             )
         return self._engine
-
-    @property
-    def stopped_by(self) -> int | None:
-        """The signal that ended the run before its time, or None."""
-        return self._stop.received
 
     def _sync_engine(self) -> None:
         if self._engine_version != self.state.global_step:
@@ -237,6 +231,16 @@ class GRPOTrainer(ExactResume):
             else None,
         )
 
+    def _model_inputs(self, batch: GenerationBatch, start: int, end: int) -> ModelInputs:
+        return model_inputs(
+            batch,
+            start,
+            end,
+            pad_token_id=self._tokenizer.pad_token_id,
+            device=self.accelerator.device,
+            share_prefix=self.share_prefix,
+        )
+
     @torch.no_grad()
     def _score_old_and_reference(self, batch: GenerationBatch) -> None:
         """Log-probabilities of the sampling policy and of the reference, where the loss cannot do without them."""
@@ -251,9 +255,7 @@ class GRPOTrainer(ExactResume):
         size, rows = self.args.per_device_train_batch_size, []
         for start in range(0, len(batch.completion_ids), size):
             end = min(start + size, len(batch.completion_ids))
-            inputs = model_inputs(
-                batch, start, end, pad_token_id=self._tokenizer.pad_token_id, device=self.accelerator.device
-            )
+            inputs = self._model_inputs(batch, start, end)
             logprobs, _ = score(model, inputs)
             rows += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
         return rows

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
@@ -33,9 +33,13 @@ class TokenScores:
 
     logprobs: Float[Tensor, " M"]
     entropies: Float[Tensor, " M"]
+    is_top1: Bool[Tensor, " M"] | None = None
+    """Whether no other token is likelier; None unless the head was told to look."""
 
 
-def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head: bool) -> None:
+def add_logprob_head(
+    model: PreTrainedModel, *, temperature: float, float32_head: bool, with_top1: bool = False
+) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
     The logits of the scored positions alone are computed, in tiles (TRL's chunked kernel), and never stored. The call
@@ -46,7 +50,9 @@ def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head
         model: A transformers causal or image-text model.
         temperature: Logits are divided by it, as in the sampler.
         float32_head: Run the LM head in float32.
+        with_top1: Fill `TokenScores.is_top1`.
     """
+    outputs = ("log_probs", "entropy", "is_top1") if with_top1 else ("log_probs", "entropy")
     original = model.forward
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -59,9 +65,11 @@ def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head
         with vision.repeated(scored.image_rows):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[scored.positions]
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden + _no_gradient(self)
         head = self.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
-            logprobs, entropies, *_ = ChunkedLogProbFunction.apply(
+            logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden.float() if float32_head else hidden,
                 head.weight,
                 head.bias,
@@ -70,8 +78,14 @@ def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head
                 _VOCABULARY_TILE,
                 softcap,
                 1.0,
-                ("log_probs", "entropy"),
+                outputs,
             )
-        return TokenScores(logprobs, entropies)
+        return TokenScores(logprobs, entropies, is_top1)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _no_gradient(model: PreTrainedModel) -> Tensor | float:
+    """Zero, with a gradient of zero: a batch without pictures where the projector alone trains."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return 0.0 * torch.stack([p.sum() for p in trainable]).sum() if trainable else 0.0

@@ -16,7 +16,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from r1v_rl.config import DataConfig, build_configs
 from r1v_rl.data.chat import check_prompt_lengths, load_processor
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.durable import fault_point, replacing
@@ -25,8 +24,7 @@ from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.rollout.standalone import standalone_engine
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import ScorerConfig
-from r1v_rl.sft.iterate.config import CONFIGS, IterateConfig
+from r1v_rl.sft.iterate.config import Recipe, build_recipe
 from r1v_rl.sft.iterate.judge import AnswerJudge
 from r1v_rl.types import Completion, Example
 
@@ -71,17 +69,16 @@ def answer_rows(values: dict[str, Any], model: str, round_number: int, folder: P
         folder: Where the parts go.
         store_path: The judges' replies.
     """
-    configs = dict(zip(CONFIGS, build_configs(CONFIGS, values), strict=True))
-    iterate, data = configs[IterateConfig], configs[DataConfig]
-    seed, dtype = values.get("seed", 42), "bfloat16" if values.get("bf16") else "float32"
-    examples = load_configured_examples(data, seed=seed)
-    processor = load_processor(model, data.max_image_tiles)
+    recipe = build_recipe(values)
+    iterate, seed = recipe.iterate, recipe.training.seed
+    examples = load_configured_examples(recipe.data, seed=seed)
+    processor = load_processor(model, recipe.data.max_image_tiles)
     longest = check_prompt_lengths(
         examples,
         processor,
         max_model_len=AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings,
         max_completion_length=iterate.max_completion_length,
-        template_kwargs=iterate.template_kwargs,
+        template_kwargs=recipe.template_kwargs,
     )
     size = iterate.generation_batch_size
     missing = missing_parts(folder, len(examples), size)
@@ -98,7 +95,7 @@ def answer_rows(values: dict[str, Any], model: str, round_number: int, folder: P
             model,
             processor,
             use_vllm=iterate.use_vllm,
-            dtype=dtype,
+            dtype=recipe.dtype,
             max_model_len=longest + iterate.max_completion_length,
             max_images=max(len(example.images) for example in examples),
             **vllm,
@@ -106,7 +103,7 @@ def answer_rows(values: dict[str, Any], model: str, round_number: int, folder: P
         tqdm(total=len(examples), desc=f"round {round_number}: answering", disable=None, unit="row") as bar,
     ):
         bar.update(len(examples) - sum(len(examples[n * size : (n + 1) * size]) for n in missing))
-        answerer = Answerer(engine, processor, iterate, configs[ScorerConfig], store)
+        answerer = Answerer(engine, processor, recipe, store)
         for number in missing:
             rows = examples[number * size : (number + 1) * size]
             records = answerer.answer(rows, f"{seed}-{round_number}-{number}")
@@ -119,12 +116,11 @@ def answer_rows(values: dict[str, Any], model: str, round_number: int, folder: P
 class Answerer:
     """Answers rows, judges the answers, and tries again where they are wrong and nobody else will mend them."""
 
-    def __init__(
-        self, engine: RolloutEngine, processor: Any, iterate: IterateConfig, scorers: ScorerConfig, store: ReplyStore
-    ):
-        self._engine, self._processor, self._config = engine, processor, iterate
-        self._judge = AnswerJudge(iterate, scorers, store)
-        self._num_resamples = iterate.num_resamples if scorers.reviser() is None else 0
+    def __init__(self, engine: RolloutEngine, processor: Any, recipe: Recipe, store: ReplyStore):
+        self._engine, self._processor = engine, processor
+        self._config, self._template_kwargs = recipe.iterate, recipe.template_kwargs
+        self._judge = AnswerJudge(recipe, store)
+        self._num_resamples = self._config.num_resamples if recipe.scorers.reviser() is None else 0
 
     def answer(self, examples: Sequence[Example], seed: str) -> list[dict[str, Any]]:
         """One record of `PART_SCHEMA` a row; `seed` decides what is sampled."""
@@ -161,7 +157,7 @@ class Answerer:
 
     def _encoded(self, example: Example) -> EncodedPrompt:
         device = "cuda" if torch.cuda.is_available() and not self._config.use_vllm else "cpu"
-        prompt = encode_prompt(self._processor, example, device=device, template_kwargs=self._config.template_kwargs)
+        prompt = encode_prompt(self._processor, example, device=device, template_kwargs=self._template_kwargs)
         return replace(prompt, vision_inputs={}) if self._config.use_vllm else prompt  # vLLM takes the pictures
 
     def _resample(

@@ -6,9 +6,9 @@ from typing import Any
 from r1v_rl.scoring.format import with_prompt_think
 from r1v_rl.scoring.judging import read_revision
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import Scorer, ScorerConfig, WorkedAnswer
+from r1v_rl.scoring.scorers import Scorer, WorkedAnswer
 from r1v_rl.sft.iterate.answering import needs_chain
-from r1v_rl.sft.iterate.config import IterateConfig
+from r1v_rl.sft.iterate.config import Recipe
 from r1v_rl.sft.iterate.judge import AnswerJudge
 from r1v_rl.sft.iterate.selection import JudgedRow
 from r1v_rl.types import Example
@@ -20,8 +20,7 @@ Record = dict[str, Any]
 def give_chains(
     examples: Sequence[Example],
     records: list[Record],
-    iterate: IterateConfig,
-    scorers: ScorerConfig,
+    recipe: Recipe,
     store: ReplyStore,
 ) -> None:
     """Add `chain`, `source` and `problem` to each record.
@@ -30,7 +29,7 @@ def give_chains(
     model's further tries; else by the dataset's own; else the row has none, and `problem` says what was tried.
     """
     needy = [i for i, record in enumerate(records) if needs_chain(record)]
-    revised = _revise([examples[i] for i in needy], [records[i] for i in needy], iterate, scorers, store)
+    revised = _revise([examples[i] for i in needy], [records[i] for i in needy], recipe, store)
     replacements = dict(zip(needy, revised, strict=True))
     for i, (example, record) in enumerate(zip(examples, records, strict=True)):
         own_chain = example.columns.get("completion")
@@ -73,12 +72,11 @@ def judged_rows(records: Sequence[Record]) -> list[JudgedRow]:
 def _revise(
     examples: Sequence[Example],
     records: Sequence[Record],
-    iterate: IterateConfig,
-    scorers: ScorerConfig,
+    recipe: Recipe,
     store: ReplyStore,
 ) -> list[tuple[str | None, str]]:
     """(chain, its source) for each row that needs one, or (None, what was tried)."""
-    reviser = scorers.reviser()
+    scorers, reviser = recipe.scorers, recipe.scorers.reviser()
     if reviser is None:
         return [
             (record["resampled"], "resampled")
@@ -95,7 +93,7 @@ def _revise(
         None if reply.text is None else read_revision(reply.text, prompt_opens_think=record["opens_think"])
         for reply, record in zip(replies, records, strict=True)
     ]
-    judge = AnswerJudge(iterate, scorers, store)
+    judge = AnswerJudge(recipe, store)
     verdicts, _ = judge(examples, [chain or "" for chain in chains], [record["opens_think"] for record in records])
     outcomes: list[tuple[str | None, str]] = []
     for reply, chain, verdict in zip(replies, chains, verdicts, strict=True):

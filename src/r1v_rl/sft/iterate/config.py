@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from r1v_rl.config import DataConfig
+from trl import ModelConfig
+
+from r1v_rl.config import DataConfig, build_configs
 from r1v_rl.errors import RecipeError
 from r1v_rl.recipe_values import convert
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.scoring.judging import MAX_SCORE
 from r1v_rl.scoring.rules import RewardSettings
 from r1v_rl.scoring.scorers import ScorerConfig
-from r1v_rl.sft.main import CONFIGS as SFT_CONFIGS
+from r1v_rl.sft.config import SFTConfig
+from r1v_rl.sft.main import SFT_CONFIGS
 
 _REWARDS = RewardSettings()
 SET_BY_ROUNDS = {
@@ -49,7 +52,6 @@ class IterateConfig:
     generation_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further arguments of the engine's own sampling."}
     )
-    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "Arguments of the chat template."})
     vllm_gpu_memory_utilization: float = field(
         default=0.9, metadata={"help": "Share of a GPU's memory; nothing else is on it while vLLM answers."}
     )
@@ -69,9 +71,8 @@ class IterateConfig:
     )
 
     def __post_init__(self) -> None:
-        for key in ("generation_kwargs", "chat_template_kwargs"):
-            if isinstance(value := getattr(self, key), str):
-                setattr(self, key, convert(value, dict))
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = convert(self.generation_kwargs, dict)
         if not self.taus or len(self.taus) != len(self.learning_rates):
             raise RecipeError(
                 f"`taus` and `learning_rates` must have one entry for each round; received {len(self.taus)} and "
@@ -100,29 +101,55 @@ class IterateConfig:
         )
 
     @property
-    def template_kwargs(self) -> dict[str, Any] | None:
-        assert not isinstance(self.chat_template_kwargs, str)
-        return self.chat_template_kwargs
-
-    @property
     def num_rounds(self) -> int:
         return len(self.taus)
 
 
-CONFIGS = (IterateConfig, ScorerConfig, DataConfig, *(c for c in SFT_CONFIGS if c is not DataConfig))
+CONFIGS = (IterateConfig, ScorerConfig, *SFT_CONFIGS)
 
 
-def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe that go to `sft` in every round.
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe of `iterate` and the objects that its keys make."""
+
+    values: dict[str, Any]
+    iterate: IterateConfig
+    scorers: ScorerConfig
+    data: DataConfig
+    training: SFTConfig
+
+    @property
+    def dtype(self) -> str:
+        """What the model answers in."""
+        return "bfloat16" if self.training.bf16 else "float32"
+
+    @property
+    def template_kwargs(self) -> dict[str, Any] | None:
+        kwargs = self.training.chat_template_kwargs
+        assert not isinstance(kwargs, str)
+        return kwargs
+
+
+def build_recipe(values: dict[str, Any]) -> Recipe:
+    """The checked recipe.
 
     Raises:
-        RecipeError: If it sets one that the rounds set.
+        RecipeError: Naming the key that is missing, or that has no place in a recipe of rounds.
     """
+    for key in ("model_name_or_path", "output_dir", "dataset_name"):
+        if not values.get(key):
+            raise RecipeError(f"the recipe must set `{key}`")
     for key, instead in SET_BY_ROUNDS.items():
         if key in values:
             raise RecipeError(f"`{key}` is set by each round: {instead}")
-    ours = {f.name for config in (IterateConfig, ScorerConfig) for f in fields(config)}
+    configs = dict(zip(CONFIGS, build_configs(CONFIGS, values), strict=True))
+    if configs[ModelConfig].use_peft:
+        raise RecipeError("`use_peft` must be false: every round starts from whole weights; name parts in `trainable`")
+    return Recipe(values, configs[IterateConfig], configs[ScorerConfig], configs[DataConfig], configs[SFTConfig])
+
+
+def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that go to `sft` in every round: not those of the dataset, which the round replaces."""
     data = {f.name for f in fields(DataConfig)} - {"max_image_tiles"}
-    known = {f.name for config in SFT_CONFIGS for f in fields(config) if f.init}
-    kept = {"chat_template_kwargs"} & known  # both sides render prompts
-    return {key: values[key] for key in values if key in known and key not in (ours | data) - kept}
+    known = {f.name for config in SFT_CONFIGS for f in fields(config) if f.init} - data
+    return {key: value for key, value in values.items() if key in known}

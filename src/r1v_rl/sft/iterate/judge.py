@@ -8,8 +8,7 @@ from r1v_rl.scoring.chat_model import ChatQuestion
 from r1v_rl.scoring.format import with_prompt_think
 from r1v_rl.scoring.judging import SAME_ANSWER, fill, question_text, read_same
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import ScorerConfig
-from r1v_rl.sft.iterate.config import IterateConfig
+from r1v_rl.sft.iterate.config import Recipe
 from r1v_rl.types import Example
 
 
@@ -20,9 +19,9 @@ class AnswerJudge:
     cannot talk to it. What it cannot judge stays as the rules have it.
     """
 
-    def __init__(self, iterate: IterateConfig, scorers: ScorerConfig, store: ReplyStore):
-        self._config, self._store = iterate, store
-        self._judge = scorers.judge() if scorers.answer_judge == "llm" else None
+    def __init__(self, recipe: Recipe, store: ReplyStore):
+        self._config, self._store = recipe.iterate, store
+        self._judge = recipe.scorers.judge() if recipe.scorers.answer_judge == "llm" else None
 
     def __call__(
         self, examples: Sequence[Example], completions: Sequence[str], opens_think: Sequence[bool]

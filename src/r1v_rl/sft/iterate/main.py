@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import yaml
 
 from r1v_rl.checkpoints import checkpoint_folders, file_sha256
-from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
+from r1v_rl.config import dump_recipe, read_recipe
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.durable import fault_point, replace_file
-from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.errors import UserError
 from r1v_rl.scoring.judging import MAX_SCORE
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import Scorer, ScorerConfig, make_scorer
+from r1v_rl.scoring.scorers import Scorer, make_scorer
 from r1v_rl.sft.iterate.answering import answer_rows, missing_parts, read_parts
 from r1v_rl.sft.iterate.chains import give_chains, give_scores, judged_rows
 from r1v_rl.sft.iterate.children import in_child, run_command
-from r1v_rl.sft.iterate.config import CONFIGS, IterateConfig, training_values
+from r1v_rl.sft.iterate.config import CONFIGS, IterateConfig, Recipe, build_recipe
 from r1v_rl.sft.iterate.rounds import Round, check_columns, write_rows
 from r1v_rl.sft.iterate.selection import Decision, select, summarize, table
 from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
@@ -53,13 +53,19 @@ _NAMED = 5
 class Run:
     """One call of the command."""
 
-    values: dict[str, Any]
-    iterate: IterateConfig
-    scorers: ScorerConfig
+    recipe: Recipe
     scorer: Scorer
     output_dir: Path
     examples: Sequence[Example]
     data_hash: str
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self.recipe.values
+
+    @property
+    def iterate(self) -> IterateConfig:
+        return self.recipe.iterate
 
     @property
     def rounds(self) -> list[Round]:
@@ -100,24 +106,19 @@ def _prepare(values: dict[str, Any]) -> Run:
             "iterate is one process that starts the others: run it without a launcher, and name the file for "
             "`accelerate launch` of each round's training in `accelerate_config`"
         )
-    training_values(values)
-    for key in ("model_name_or_path", "output_dir"):
-        if not values.get(key):
-            raise RecipeError(f"the recipe must set `{key}`")
-    configs = dict(zip(CONFIGS, build_configs(CONFIGS, values), strict=True))
-    iterate, scorers = configs[IterateConfig], configs[ScorerConfig]
-    for model in (scorers.judge(), scorers.reviser()):
+    recipe = build_recipe(values)
+    for model in (recipe.scorers.judge(), recipe.scorers.reviser()):
         if model is not None:
             logger.info("%s: %s", model.role, model.model)
-    scorer = make_scorer(scorers)
-    examples = load_configured_examples(configs[DataConfig], seed=values.get("seed", 42))
+    scorer = make_scorer(recipe.scorers)
+    examples = load_configured_examples(recipe.data, seed=recipe.training.seed)
     check_columns(examples)
     rows = hashlib.sha256()
     for example in examples:
         rows.update(json.dumps([example.id, example.answer, example.messages], default=str).encode())
     output_dir = Path(values["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(values, iterate, scorers, scorer, output_dir, examples, rows.hexdigest())
+    run = Run(recipe, scorer, output_dir, examples, rows.hexdigest())
     _refuse_other_run(run)
     return run
 
@@ -164,7 +165,7 @@ def _select(run: Run, round: Round, model: str) -> None:
             in_child(answer_rows, run.values, model, round.number, round.parts, run.replies)
         records = read_parts(round.parts, num_rows, size)
         with ReplyStore(run.replies) as store:
-            give_chains(run.examples, records, run.iterate, run.scorers, store)
+            give_chains(run.examples, records, run.recipe, store)
             give_scores(run.examples, records, run.scorer, store)
         rows = judged_rows(records)
         decisions = select(rows, tau)
@@ -242,7 +243,7 @@ def _finish(run: Run) -> None:
         config=run.values,
         data_hash=run.data_hash,
         weight_hashes=trained["weight_hashes"],
-        seeds={"seed": run.values.get("seed", 42)},
+        seeds={"seed": run.recipe.training.seed},
         metrics={"rounds": summaries, "top_score_rows": num_top},
     )
     print(f"\n{table(summaries)}\n{num_top} rows with score {MAX_SCORE} in {run.output_dir / TOP_SCORE}", flush=True)

@@ -1,0 +1,233 @@
+"""Packed rows: several segments in one row without padding, each seeing itself and, where it has one, its prefix.
+
+A prompt and its completions share one row: `PackedLayout.of([prompt, *completions], prefixes=[None, 0, 0, ...])`
+computes the prompt once, and its gradients are the sum over the completions. Without prefixes it is plain sequence
+packing: `PackedLayout.of(lengths)`. How to use it:
+
+    enable_packing(model)  # once; the plain forward and `generate` stay what they are
+    layout = PackedLayout.of([120, 40, 35], prefixes=[None, 0, 0])
+    model(input_ids=row, pixel_values=pixels, **layout.forward_kwargs(device))
+
+`input_ids` is (1, T), the segments one after the other; image tokens may lie in any of them, in the order of
+`pixel_values`. The outputs are (1, T, ...). Works under gradient checkpointing, LoRA, DDP and FSDP.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from r1v_rl.errors import UserError
+from r1v_rl.models.attention_parts import kernel_for
+
+ATTENTION = "r1v_packed"
+"""Name under which attention and mask function are registered with transformers."""
+SUPPORTED_LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")
+"""`model_type` of the language models whose attention is plain causal softmax attention, tested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start:end` of the row."""
+
+    start: int
+    end: int
+    prefix: int | None
+    """Index of the segment that this one sees wholly, before itself; None = it sees itself only."""
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Where the segments of one row lie, and what each of them sees. T = tokens of the row."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, lengths: list[int], prefixes: list[int | None] | None = None) -> "PackedLayout":
+        """Segments of these lengths, one after the other.
+
+        Args:
+            lengths: Tokens of each segment, at least 1.
+            prefixes: For each segment the index of an earlier segment that it continues, or None. A prefix has no
+                prefix of its own.
+
+        Raises:
+            ValueError: If a length or a prefix is none of these.
+        """
+        prefixes = [None] * len(lengths) if prefixes is None else prefixes
+        segments: list[Segment] = []
+        start = 0
+        for i, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+            if length < 1:
+                raise ValueError(f"segment {i} has {length} tokens; every segment needs at least one")
+            if prefix is not None and (not 0 <= prefix < i or segments[prefix].prefix is not None):
+                raise ValueError(f"segment {i} continues {prefix}, which is no earlier segment without a prefix")
+            segments.append(Segment(start, start + length, prefix))
+            start += length
+        return cls(tuple(segments))
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.segments[-1].end
+
+    def position_ids(self, device: torch.device | str | None = None) -> Int[Tensor, "1 T"]:
+        """Positions from 0 in every segment without a prefix, and from the prefix's end in the others."""
+        firsts = [0 if s.prefix is None else self.segments[s.prefix].length for s in self.segments]
+        parts = [torch.arange(first, first + s.length) for first, s in zip(firsts, self.segments, strict=True)]
+        return torch.cat(parts)[None].to(device)
+
+    def forward_kwargs(self, device: torch.device | str | None = None) -> dict[str, Any]:
+        """What the model's forward takes beside `input_ids` and pixels.
+
+        The mask is a 4D placeholder, which transformers hands through as it is: else it would build a T x T one.
+        """
+        return {
+            "position_ids": self.position_ids(device),
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            "packed_layout": self,
+        }
+
+    def blocks(self) -> list[tuple[slice, slice, bool]]:
+        """(queries, keys, causal): each segment to itself, and each run of neighbours to the prefix they share."""
+        own = [(slice(s.start, s.end),) * 2 + (True,) for s in self.segments]
+        shared: list[tuple[slice, slice, bool]] = []
+        for segment in self.segments:
+            if segment.prefix is None:
+                continue
+            prefix = self.segments[segment.prefix]
+            keys = slice(prefix.start, prefix.end)
+            queries = slice(segment.start, segment.end)
+            if shared and shared[-1][1] == keys and shared[-1][0].stop == segment.start:
+                queries = slice(shared.pop()[0].start, segment.end)
+            shared.append((queries, keys, False))
+        return own + shared
+
+
+def enable_packing(model: PreTrainedModel) -> None:
+    """Give the language model of `model` the attention that follows a `packed_layout`.
+
+    Without a layout the forward, and `generate`, compute what `sdpa` does. Call it before PEFT wraps the model.
+
+    Raises:
+        UserError: If the model cannot run packed rows (`why_not_packed`).
+    """
+    if reason := why_not_packed(model):
+        raise UserError(f"this model cannot run packed rows: {reason}")
+    if model.config.get_text_config() is model.config:
+        model.set_attn_implementation(ATTENTION)
+    else:
+        model.set_attn_implementation({"text_config": ATTENTION})
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Why `model` cannot run packed rows, in words; None where it can. A LoRA-wrapped model is looked through."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    if config.model_type not in SUPPORTED_LANGUAGE_MODELS:
+        return f"its language model is a `{config.model_type}`; known are {', '.join(SUPPORTED_LANGUAGE_MODELS)}"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "some of its layers see a sliding window only"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention dropout ({config.attention_dropout}) must draw another mask for every completion"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and "vision" not in name:
+            return f"dropout ({module.p} in `{name}`) must draw another mask for every completion"
+    return None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B Hk S D"],
+    value: Float[Tensor, "B Hk S D"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B T H D"], None]:
+    """Attention function for transformers. With a layout B is 1 and S is T; without one this is `sdpa`."""
+    if packed_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or query.shape[0] != 1 or query.shape[2] != packed_layout.num_tokens:
+        raise ValueError(
+            f"a packed row needs batch size 1, {packed_layout.num_tokens} tokens and no dropout; "
+            f"received {tuple(query.shape)} (batch, heads, tokens, size) and dropout {dropout}"
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _PackedAttention.apply(query, key, value, packed_layout, scaling).transpose(1, 2), None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Blocks of `PackedLayout.blocks`, merged by their log-sum-exp; (1, H, T, D) in and out."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale):
+        kernel = kernel_for(query)
+        q, k, v = _by_key_head(query, key, value)
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
+        merged, lse = out[0].unflatten(0, q.shape[:2]), q.new_empty(q.shape[:3], dtype=_wide(q))
+        for queries, keys, causal in layout.blocks():
+            block, block_lse = kernel.forward(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=causal, scale=scale
+            )
+            if causal:  # every token's first block: itself
+                merged[:, :, queries], lse[:, :, queries] = block, block_lse
+            else:
+                own = lse[:, :, queries]
+                both = torch.logaddexp(own, block_lse)
+                weighed = merged[:, :, queries] * (own - both).exp()[..., None]
+                merged[:, :, queries] = weighed + block * (block_lse - both).exp()[..., None]
+                lse[:, :, queries] = both
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        query, key, value, out, lse = ctx.saved_tensors
+        kernel = kernel_for(query)
+        q, k, v = _by_key_head(query, key, value)
+        grad, out = (x[0].unflatten(0, q.shape[:2]) for x in (grads[0], out))
+        wide = _wide(q)  # for sums over blocks
+        grad_q = torch.zeros_like(q, dtype=wide)
+        grad_k, grad_v = (torch.zeros(x.shape[0], x.shape[2], x.shape[3], dtype=wide, device=x.device) for x in (k, v))
+        for queries, keys, causal in ctx.layout.blocks():
+            part_q, part_k, part_v = kernel.backward(
+                grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
+                out[:, :, queries], lse[:, :, queries].contiguous(), causal=causal, scale=ctx.scale,
+            )  # fmt: skip
+            grad_q[:, :, queries] += part_q
+            grad_k[:, keys] += part_k.sum(1, dtype=wide)
+            grad_v[:, keys] += part_v.sum(1, dtype=wide)
+        grad_q = grad_q.flatten(0, 1)[None].to(query.dtype)
+        return grad_q, grad_k[None].to(key.dtype), grad_v[None].to(value.dtype), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _by_key_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Hk, H / Hk, T, D) views: key heads become batch rows, and each is expanded to the query heads that read it."""
+    heads = key.shape[1], query.shape[1] // key.shape[1]
+    expanded = (x[0][:, None].expand(-1, heads[1], -1, -1) for x in (key, value))
+    return query[0].unflatten(0, heads), *expanded  # type: ignore[return-value]
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
