@@ -102,7 +102,9 @@ def load_configured_examples(
     )
 
 
-def heldout_examples(heldout: HeldoutConfig, data: DataConfig, seed: int) -> Sequence[Example]:
+def heldout_examples(
+    heldout: HeldoutConfig, data: DataConfig, seed: int, *, answer_required: bool = True
+) -> Sequence[Example]:
     """The held-out rows, read as the training rows are; none where the recipe names none."""
     if heldout.eval_dataset_name is None:
         return []
@@ -112,7 +114,7 @@ def heldout_examples(heldout: HeldoutConfig, data: DataConfig, seed: int) -> Seq
         dataset_size=heldout.eval_dataset_size,
         dataset_kwargs=heldout.eval_dataset_kwargs,
     )
-    return load_configured_examples(rows, split=heldout.eval_dataset_split, seed=seed)
+    return load_configured_examples(rows, split=heldout.eval_dataset_split, answer_required=answer_required, seed=seed)
 
 
 def examples_from_rows(

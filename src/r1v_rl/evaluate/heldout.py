@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from transformers import AutoConfig
+
 from r1v_rl.config import DataConfig, HeldoutConfig
-from r1v_rl.data.chat import load_processor
+from r1v_rl.data.chat import check_prompt_lengths, load_processor
 from r1v_rl.data.dataset import heldout_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.accuracy import Answered, accuracy, answer_prompts, blanked
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
-from r1v_rl.rollout.folder import EngineConfig, open_engine
 from r1v_rl.rollout.prompts import encode_prompt
+from r1v_rl.rollout.standalone import standalone_engine
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.scoring.rules import BUILT_IN, RewardSettings
 from r1v_rl.types import Example
@@ -56,6 +58,18 @@ class EvaluationConfig(HeldoutConfig):
     reward_timeout_s: float = field(
         default=_REWARDS.reward_timeout_s, metadata={"help": "Seconds after which judging one answer is given up."}
     )
+    use_vllm: bool = field(default=True, metadata={"help": "vLLM in this process; false = transformers' `generate`."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Weights and arithmetic.", "choices": ["float32", "bfloat16", "float16"]},
+    )
+    vllm_kv_cache_memory_bytes: int | None = field(
+        default=None, metadata={"help": "KV cache of vLLM in bytes; unset = vLLM's own measure."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.9, metadata={"help": "Share of each GPU's memory; nothing else is on it."}
+    )
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that the model is spread over."})
     seed: int = field(default=0, metadata={"help": "Of the sampling, and of rows that are made (`scenes`)."})
 
     def __post_init__(self) -> None:
@@ -80,33 +94,49 @@ class EvaluationConfig(HeldoutConfig):
         return RewardSettings(self.answer_kind, self.format_pattern, self.reward_timeout_s)
 
 
-def evaluate_model(config: EvaluationConfig, engine_config: EngineConfig, data: DataConfig) -> tuple[dict, list[dict]]:
+def evaluate_model(config: EvaluationConfig, data: DataConfig) -> tuple[dict, list[dict]]:
     """What the model reached, and every answer that it gave (`set id completion answer correct num_tokens`).
 
     Raises:
         DataError: If a row is faulty or does not fit into the model's context.
     """
-    assert config.model_name_or_path
-    processor = load_processor(config.model_name_or_path, data.max_image_tiles)
+    model = str(config.model_name_or_path)
+    processor = load_processor(model, data.max_image_tiles)
     rows = heldout_examples(config, data, config.seed)
     text_rows = heldout_examples(text_rows_of(config), data, config.seed)
-    engine = open_engine(
-        config.model_name_or_path,
-        processor,
-        engine_config,
-        [*rows, *text_rows],
-        max_tokens=config.max_completion_length,
-        seed=config.seed,
-    )
+    longest = longest_prompt(config, processor, [*rows, *text_rows])
     sets = {"pictures": (rows, None)} | ({"blank": (rows, blanked)} if config.blank_images else {})
     sets |= {"text": (text_rows, None)} if text_rows else {}
     found: dict[str, Any] = {"num_rows": len(rows), "num_generations": config.num_generations}
     answers: list[dict] = []
-    for name, (examples, change) in sets.items():
-        answered = _answers(engine, processor, config, examples, change)
-        found |= _measures(name, answered, processor, config.rewards())
-        answers += [_answer_row(name, row) for row in answered]
+    with standalone_engine(
+        model,
+        processor,
+        use_vllm=config.use_vllm,
+        dtype=config.dtype,
+        max_model_len=longest + config.max_completion_length,
+        max_images=max(len(example.images) for example in rows),
+        seed=config.seed,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_memory_bytes=config.vllm_kv_cache_memory_bytes,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+    ) as engine:
+        for name, (examples, change) in sets.items():
+            answered = _answers(engine, processor, config, examples, change)
+            found |= _measures(name, answered, processor, config.rewards())
+            answers += [_answer_row(name, row) for row in answered]
     return found, answers
+
+
+def longest_prompt(config: EvaluationConfig, processor: Any, examples: Sequence[Example]) -> int:
+    """Tokens of the longest prompt; refuses the first row that does not fit into the model's context."""
+    text_config = AutoConfig.from_pretrained(str(config.model_name_or_path)).get_text_config()
+    return check_prompt_lengths(
+        examples,
+        processor,
+        max_model_len=text_config.max_position_embeddings,
+        max_completion_length=config.max_completion_length,
+    )
 
 
 def text_rows_of(config: EvaluationConfig) -> HeldoutConfig:

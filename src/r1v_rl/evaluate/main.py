@@ -12,25 +12,24 @@ from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.heldout import EvaluationConfig, answer_lines, evaluate_model
 from r1v_rl.evaluate.interval import Accuracy
 from r1v_rl.evaluate.record import ANSWERS, EVALUATION, settings_of
-from r1v_rl.rollout.folder import EngineConfig
 from r1v_rl.tracking.manifest import RUN_MANIFEST, versions
 from r1v_rl.tracking.metrics import json_value
 from r1v_rl.tracking.redaction import redact
 
-CONFIGS = (EvaluationConfig, EngineConfig, DataConfig)
+CONFIGS = (EvaluationConfig, DataConfig)
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 when `evaluation.json` and `evaluation.jsonl` (every answer) stand in the output folder."""
     started = time.perf_counter()
     values = read_recipe(CONFIGS, argv, prog="r1v-rl evaluate")
-    config, engine, data = build_configs(CONFIGS, values)
+    config, data = build_configs(CONFIGS, values)
     if not config.model_name_or_path:
         raise RecipeError("evaluate needs `model_name_or_path`: the folder of a model")
     folder = Path(config.model_name_or_path)
     output_dir = Path(config.output_dir or folder)
     output_dir.mkdir(parents=True, exist_ok=True)
-    found, answers = evaluate_model(config, engine, data)
+    found, answers = evaluate_model(config, data)
     replace_file(output_dir / ANSWERS, answer_lines(answers))
     manifest = folder / RUN_MANIFEST
     record = {
