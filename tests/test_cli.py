@@ -57,7 +57,7 @@ def place(tmp_path, vlm):
         "max_completion_length": 32,
         "reward_funcs": ["accuracy", "format"],
     }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.yaml").write_text("# r1v-rl grpo --config recipe.yaml\n" + json.dumps(recipe))
     return tmp_path
 
 

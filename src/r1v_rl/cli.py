@@ -36,7 +36,7 @@ COMMANDS: Mapping[str, Command] = {
     "run": Command("r1v_rl.chain.main:main", "run a chain of stages from its file, or go on where it stopped"),
     "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on held-out rows"),
     "check": Command(
-        "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
+        "r1v_rl.check.main:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),
     "report": Command("r1v_rl.tracking.report:main", "one HTML page for a run's folder"),
 }

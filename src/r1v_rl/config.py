@@ -107,13 +107,14 @@ def parse_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: s
 def read_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: str = "r1v-rl") -> dict[str, Any]:
     """The keys that file and command line set, checked and converted: what a run writes to its `config.yaml`."""
     file_name, arguments = _split_off_config(list(argv), prog)
+    values = checked_values(config_classes, read_yaml(Path(file_name)) if file_name is not None else {})
+    return values | checked_values(config_classes, _parse_arguments(config_classes, arguments, prog))
+
+
+def checked_values(config_classes: Sequence[type], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe keys and values as the classes' fields want them; refuses unknown keys and values of another type."""
     types = _annotations(config_classes)
-    values = read_yaml(Path(file_name)) if file_name is not None else {}
-    values = {key: _checked(key, value, types) for key, value in values.items()}
-    values |= {
-        key: _checked(key, value, types) for key, value in _parse_arguments(config_classes, arguments, prog).items()
-    }
-    return values
+    return {key: _checked(key, value, types) for key, value in values.items()}
 
 
 def build_configs(config_classes: Sequence[type], values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 when every stage is done, 128 + N after signal N, else that of the stage that failed."""
-    options, overrides = _parse(argv)
+    options, overrides = parse_arguments(argv)
     chain = read_chain(Path(options.config), output_dir=options.output_dir, seed=options.seed, overrides=overrides)
     until = chain.stages.index(chain.stage(options.until)) + 1 if options.until else len(chain.stages)
     runner = Runner(chain)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         return failed.code
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
     """The options, and `--STAGE.key value` by stage."""
     parser = _Parser(
         prog="r1v-rl run",

@@ -74,23 +74,29 @@ def load_language_model(language_model: str | Path | PreTrainedModel, dtype: str
     Raises:
         UserError: If it cannot be read or is of another family than `LANGUAGE_MODELS`.
     """
-    if not isinstance(language_model, PreTrainedModel):
+    language_model_type(language_model)
+    if isinstance(language_model, PreTrainedModel):
+        return language_model
+    return AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+
+
+def language_model_type(language_model: str | Path | PreTrainedModel) -> str:
+    """The model type of a language model that the composed model can hold; refuses others."""
+    if isinstance(language_model, PreTrainedModel):
+        kind = language_model.config.model_type
+    else:
         try:
             kind = AutoConfig.from_pretrained(language_model).model_type
         except (OSError, ValueError) as error:
             raise UserError(
                 f"`language_model` must be a model folder or hub id; {language_model} cannot be read: {error}"
             ) from error
-    else:
-        kind = language_model.config.model_type
     if kind not in LANGUAGE_MODELS:
         raise UserError(
             f"`language_model` must be one of {', '.join(LANGUAGE_MODELS)}, whose text logits stay the same inside "
             f"InternVL; received a `{kind}`"
         )
-    if isinstance(language_model, PreTrainedModel):
-        return language_model
-    return AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+    return kind
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

@@ -40,7 +40,7 @@ def load_vision_encoder(
     if isinstance(vision_encoder, PreTrainedModel):
         encoder, kind = vision_encoder, vision_encoder.config.model_type
     else:
-        kind = _model_type(vision_encoder)
+        kind = encoder_type(vision_encoder)
         encoder = _load(kind, vision_encoder)
     if kind == "dinov2":
         return _from_dinov2(encoder, image_size or DINOV2_IMAGE_SIZE)
@@ -61,7 +61,8 @@ def pixel_statistics(encoder: str) -> dict[str, list[float]]:
     }
 
 
-def _model_type(folder: str | Path) -> str:
+def encoder_type(folder: str | Path) -> str:
+    """The model type of an encoder that fits; refuses others with the reason."""
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
     except (OSError, ValueError) as error:

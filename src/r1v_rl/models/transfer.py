@@ -63,9 +63,9 @@ def transfer_projector(
         UserError: If the projector cannot work there: another hidden size, image tokens or a chat template that the
             new tokenizer cannot carry, tiles that the model does not expect or that do not fit the context.
     """
-    config = _substitute_config(projector_from)
+    config = substitute_config(projector_from)
     llm = load_language_model(language_model, dtype)
-    _check_hidden_size(config, llm, projector_from, language_model)
+    check_hidden_size(config, llm.config, projector_from, language_model)
     old = _substitute_processor(projector_from)
     tokenizer = load_tokenizer(str(language_model))
     add_image_tokens(tokenizer)
@@ -88,7 +88,8 @@ def transfer_projector(
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _substitute_config(folder: str | Path) -> PretrainedConfig:
+def substitute_config(folder: str | Path) -> PretrainedConfig:
+    """The configuration of the model whose projector moves; refuses what is no composed model."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -118,8 +119,9 @@ def _substitute_processor(folder: str | Path) -> InternVLProcessor:
     return processor
 
 
-def _check_hidden_size(config: PretrainedConfig, llm: PreTrainedModel, source: Any, target: Any) -> None:
-    writes, reads = config.text_config.hidden_size, llm.config.hidden_size
+def check_hidden_size(config: PretrainedConfig, llm: PretrainedConfig, source: Any, target: Any) -> None:
+    """Refuses a language model that reads vectors of another size than the projector writes."""
+    writes, reads = config.text_config.hidden_size, llm.hidden_size
     if writes != reads:
         raise UserError(
             f"the projector of {source} writes vectors of {writes} numbers, {target} reads {reads}: a projector moves "
