@@ -28,6 +28,8 @@ from r1v_rl.training.resume import ExactResume
 from r1v_rl.training.signals import StopOnSignal
 from r1v_rl.types import Example
 
+_NO_ROWS = Dataset.from_dict({"row": [0]})
+
 
 class SFTTrainer(ExactResume, trl.SFTTrainer):
     """Supervised fine-tuning of a vision-language model, with TRL's constructor, keys and metric names.
@@ -73,6 +75,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
                 "`trainable` and a LoRA adapter exclude each other: name the parts that train in full in "
                 "`lora_modules_to_save`, which is saved with the adapter"
             )
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise RecipeError(f"`eval_strategy: {args.eval_strategy}` needs held-out rows: set `eval_dataset_name`")
         freeze_all_but(policy, list(args.trainable or DEFAULT_TRAINABLE))
         self._flat = args.packing or args.padding_free
         if self._flat:
@@ -86,7 +90,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
             model=policy,
             args=args,
             data_collator=lambda rows: rows,
-            train_dataset=Dataset.from_dict({"row": [0]}),  # the rows follow; TRL has nothing to prepare
+            train_dataset=_NO_ROWS,  # the rows follow; TRL has nothing to prepare
+            eval_dataset=None if eval_dataset is None else _NO_ROWS,
             processing_class=processor,
             callbacks=[*tracking_callbacks(args), self._stop, *(callbacks or [])],
             optimizers=optimizers,
