@@ -13,6 +13,7 @@ LAYERS = (
     "tracking",
     "data",
     "models",
+    "small",
     "tiny",
     "assembly",
     "scoring",
