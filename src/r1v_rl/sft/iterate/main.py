@@ -33,6 +33,7 @@ from r1v_rl.sft.iterate.selection import Decision, select, summarize, table
 from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
 from r1v_rl.tracking.metrics import METRICS_FILE, read_metrics
 from r1v_rl.tracking.redaction import redact
+from r1v_rl.tracking.report import REPORT, write_report
 from r1v_rl.types import Example
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     "disable_tqdm", "save_total_limit",
 )  # fmt: skip
 """Keys that a resumed run may set otherwise: they change where and how fast it runs, not what comes out."""
+_OF_THE_ROUND = (CONFIG, RUN_MANIFEST, METRICS_FILE, REPORT)
 _PER_ROUND = ("taus", "learning_rates")
 _NAMED = 5
 
@@ -225,7 +227,7 @@ def _finish(run: Run) -> None:
     """The last round's model, `top_score.parquet`, `metrics.jsonl` of all rounds; the manifest last."""
     last = run.rounds[-1]
     for path in sorted(last.model.iterdir()):
-        if path.is_file() and path.name not in (CONFIG, RUN_MANIFEST, METRICS_FILE) and not path.name.startswith("."):
+        if path.is_file() and path.name not in _OF_THE_ROUND and not path.name.startswith("."):
             target = run.output_dir / path.name
             target.unlink(missing_ok=True)
             try:
@@ -234,6 +236,7 @@ def _finish(run: Run) -> None:
                 shutil.copy2(path, target)
     num_top = _write_top_score(run, last)
     replace_file(run.output_dir / METRICS_FILE, _metrics(run.rounds).encode())
+    write_report(run.output_dir)
     summaries = [round.summary() or {} for round in run.rounds]
     trained = json.loads((last.model / RUN_MANIFEST).read_text())
     write_run_manifest(

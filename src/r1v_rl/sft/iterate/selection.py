@@ -41,7 +41,7 @@ def decide(row: JudgedRow, tau: int) -> Decision:
     """The row's place in the round, with the reason in words."""
     by_score = row.score is not None and row.score >= tau
     by_error = row.correct is False
-    if row.correct is None and not by_score:
+    if row.correct is None:
         return Decision(False, f"left out: the answer cannot be judged{_because(row)}")
     if row.chain is None:
         wrong = "answered wrongly, but " if by_error else ""
@@ -79,7 +79,7 @@ def summarize(rows: Sequence[JudgedRow], decisions: Sequence[Decision], tau: int
         "by_error": len(by_error),
         "by_both": len(by_score) + len(by_error) - len(kept),
         **{source: sources[source] for source in CHAIN_SOURCES if source != "none"},
-        "dropped": sum(row.chain is None for row in rows),
+        "dropped": sum(row.chain is None and row.correct is not None for row in rows),
         "unscored": sum(row.chain is not None and row.score is None for row in rows),
         "scores": {str(score): scores[score] for score in range(6)},
     }
