@@ -81,7 +81,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         self._flat = args.packing or args.padding_free
         if self._flat:
             enable_packing(policy)
-        add_logprob_head(policy, temperature=1.0, float32_head=False, with_top1=True)
+        add_logprob_head(policy, temperature=1.0, float32_head=False, supervised=True)
         self._cache = FeatureCache(policy) if args.vision_features == "cache" else None
         self._stop = StopOnSignal()
         packing, padding_free = args.packing, args.padding_free
