@@ -1,4 +1,4 @@
-# make demo | test | bench: each sets up .venv first (once; again when pyproject.toml changes).
+# make demo | chain | test | bench: each sets up .venv first (once; again when pyproject.toml changes).
 #
 #   PYTHON     the Python to build .venv with (3.11 or later)
 #   PIP_INDEX  an extra package index, where pip's own has no CPU build of torch:
@@ -15,7 +15,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet $(if $(PIP_INDEX),
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test bench lint types pytest clean
+.PHONY: setup demo chain test bench lint types pytest clean
 
 setup: $(READY)
 
@@ -37,6 +37,10 @@ demo: $(READY)
 	test -f outputs/tiny/start/config.json || $(BIN)/r1v-rl align --config recipes/tiny/align.yaml
 	rm -rf outputs/demo
 	$(BIN)/r1v-rl grpo --config recipes/tiny/grpo.yaml --output_dir outputs/demo
+
+# Skywork R1V's stages at toy size; a second call goes on where the first stopped. CHAIN_ARGS="--seed 1" and the like.
+chain: $(READY)
+	$(BIN)/r1v-rl run recipes/tiny/chain.yaml $(CHAIN_ARGS)
 
 test: lint types pytest
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from r1v_rl.chain.recipe import Chain, Stage
 from r1v_rl.checkpoints import file_sha256
-from r1v_rl.errors import RecipeError
 from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.tracking.manifest import RUN_MANIFEST
 from r1v_rl.tracking.redaction import redact
@@ -78,7 +77,7 @@ def _existing_path(value: str) -> Path | None:
     try:
         candidates = [Path(value), Path(value.rpartition(":")[0] or value), resolve_part(value)]
         return next((path for path in candidates if path.exists()), None)
-    except (OSError, ValueError, RecipeError):  # too long for a path, a zero byte, no such part
+    except (OSError, ValueError):  # too long for a path, a zero byte, no such part (a UserError)
         return None
 
 

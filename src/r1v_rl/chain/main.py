@@ -24,7 +24,7 @@ model) and `stages`, a list of
                                          {iterate: {dataset_name: selection.parquet}} for a file inside
   overrides: {max_steps: 100}            recipe keys that the chain sets
   accelerate: ../accelerate/zero3.yaml   run by `accelerate launch --config_file`
-  evaluate: false                        no evaluation, or a list of folders inside that hold models
+  evaluate: false                        no evaluation, or folders that hold models: [round-*/model, .]
   evaluate_with: {instruction: Explain.} keys of `evaluate` that are other ones for this stage
 
 A stage that is done is skipped while its recipe, its parents' manifests and the files that the recipe names are what

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shlex
 import signal
 import sys
@@ -141,7 +142,7 @@ class Runner:
         row, measured = self.table.rows[stage.name], False
         row.parts = self._compare(stage)
         row.evaluations = {}
-        for inside in stage.models if self.chain.evaluate is not None else ():
+        for inside in models_of(stage) if self.chain.evaluate is not None else ():
             folder, values = stage.folder / inside, {**(self.chain.evaluate or {}), **stage.evaluate_with}
             found = read_evaluation(folder, values)
             if found is None:
@@ -172,6 +173,25 @@ class Runner:
     @staticmethod
     def _say(text: str) -> None:
         print(text, flush=True)
+
+
+def models_of(stage: Stage) -> list[str]:
+    """The folders inside a complete stage that are measured, in the order of their numbers; the result comes last.
+
+    A round that left the same weights as the stage itself is not measured twice.
+    """
+    found: list[str] = []
+    for pattern in filter(lambda name: name != ".", stage.models):
+        folders = [path for path in stage.folder.glob(pattern) if read_manifest(path) is not None]
+        folders.sort(key=lambda path: [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", str(path))])
+        found += [str(path.relative_to(stage.folder)) for path in folders]
+    if "." not in stage.models:
+        return found
+    result = (read_manifest(stage.folder) or {}).get("weight_hashes")
+    different = [
+        inside for inside in found if (read_manifest(stage.folder / inside) or {}).get("weight_hashes") != result
+    ]
+    return [*different, "."]
 
 
 @contextmanager

@@ -39,8 +39,7 @@ class Place:
         for folder, stage in self.made.items():
             if folder in (path, *path.parents) and not (folder / RUN_MANIFEST).exists():
                 raise NotHere(f"`{key}` {value} is made by stage {stage}")
-        is_here = os.path.exists(value) or resolve_part(value).exists()
-        if self.missing_ok and not is_here and not _is_cached(value):
+        if self.missing_ok and not _is_here(value):
             raise NotHere(f"`{key}` {value} is not on this machine")
 
 
@@ -73,11 +72,16 @@ class Report:
             raise UserError("\n".join([f"{len(self.faults)} fault(s)", *self.faults]))
 
 
-def _is_cached(name: str) -> bool:
-    """Whether a hub id's files lie in the local cache."""
+def _is_here(name: str) -> bool:
+    """Whether it is a path, a shipped part (whose package may not be installed), or a hub id in the local cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    try:
+        if os.path.exists(name) or resolve_part(name).exists():
+            return True
+    except UserError:
+        return False
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:
