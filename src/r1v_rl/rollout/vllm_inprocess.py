@@ -1,9 +1,11 @@
 """Rollouts by vLLM inside the training process: unique prompts with `n` completions, weights handed over in memory."""
 
+import logging
 import os
 import random
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from r1v_rl.errors import UserError
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
-from r1v_rl.rollout.weights import disk_weights
+from r1v_rl.rollout.weights import disk_weights, trained_weights
 from r1v_rl.runtime import children_prepared
 from r1v_rl.types import Completion
 
@@ -78,10 +80,16 @@ class VllmEngine:
             )
 
         self._tokenizer = self._llm.get_tokenizer()
+        self._policy: weakref.ref | None = None
 
     def sync_weights(self, policy: nn.Module) -> None:
-        weights = disk_weights(policy)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        """The first time everything, then what trains: a frozen tower, or the language model where the projector alone
+        trains, stays where it is."""
+        known = self._policy is not None and self._policy() is policy
+        weights = trained_weights(policy) if known else disk_weights(policy)
+        self._policy = weakref.ref(policy)
+        with _silent_about_missing_weights() if known else nullcontext():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self.reset_caches()
 
     def reset_caches(self) -> None:
@@ -139,6 +147,19 @@ class VllmEngine:
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             is_truncated=not token_ids or token_ids[-1] not in self._eos,
         )
+
+
+@contextmanager
+def _silent_about_missing_weights() -> Iterator[None]:
+    """vLLM warns of every layer that keeps its weights."""
+    names = ("vllm.model_executor.model_loader.reload.layerwise", "vllm.v1.worker.gpu_model_runner")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @contextmanager
