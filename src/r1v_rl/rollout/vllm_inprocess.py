@@ -1,11 +1,10 @@
 """Rollouts by vLLM inside the training process: unique prompts with `n` completions, weights handed over in memory."""
 
-import logging
 import os
 import random
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -88,8 +87,7 @@ class VllmEngine:
         known = self._policy is not None and self._policy() is policy
         weights = trained_weights(policy) if known else disk_weights(policy)
         self._policy = weakref.ref(policy)
-        with _silent_about_missing_weights() if known else nullcontext():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self.reset_caches()
 
     def reset_caches(self) -> None:
@@ -147,19 +145,6 @@ class VllmEngine:
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             is_truncated=not token_ids or token_ids[-1] not in self._eos,
         )
-
-
-@contextmanager
-def _silent_about_missing_weights() -> Iterator[None]:
-    """vLLM warns of every layer that keeps its weights."""
-    names = ("vllm.model_executor.model_loader.reload.layerwise", "vllm.v1.worker.gpu_model_runner")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 @contextmanager
