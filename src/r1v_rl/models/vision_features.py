@@ -74,7 +74,7 @@ class VisionFeatures:
     ) -> Float[Tensor, "K tokens hidden"]:
         """Features of pictures that the caller has names for, all their tiles in order, on `device`.
 
-        Nothing is dropped for them: in a run that comes round to every picture again, those seen first stay.
+        Every picture is a batch of its own. Nothing is dropped for them: in a run that comes round to every picture again, those seen first stay.
 
         Args:
             read: Names -> pixels of their tiles; called for those that are not kept.
@@ -85,14 +85,13 @@ class VisionFeatures:
         if missing:
             pixels = read(missing).to(device, next(self._tower.parameters()).dtype)
             self.tower_tiles += len(pixels)
-            features = self._tower(pixel_values=pixels).last_hidden_state
-            fresh = dict(zip(missing, features.split([num_tiles(name) for name in missing]), strict=True))
+            tiles = pixels.split([num_tiles(name) for name in missing])
+            fresh = {n: self._tower(pixel_values=t).last_hidden_state for n, t in zip(missing, tiles, strict=True)}
         found = torch.cat([(fresh if name in fresh else self._kept)[name].to(device) for name in names])
         for name, part in fresh.items():
             size = part.numel() * part.element_size()
             if self._bytes + size <= self._limit:
-                # a copy: the part alone, not the batch it came with
-                self._kept[name] = part.to("cpu", copy=True)
+                self._kept[name] = part.to("cpu")
                 self._bytes += size
         return found
 
