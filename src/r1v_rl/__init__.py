@@ -13,6 +13,7 @@ _EXPORTS = {
     "SFTConfig": "r1v_rl.sft.config",
     "SFTTrainer": "r1v_rl.sft.trainer",
     "compose_vlm": "r1v_rl.models.compose",
+    "transfer_projector": "r1v_rl.models.transfer",
 }
 __all__ = list(_EXPORTS)
 

@@ -10,12 +10,12 @@ from trl import ModelConfig, get_peft_config
 
 from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
 from r1v_rl.data.chat import load_processor
-from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.data.scenes import chance_accuracy
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.accuracy import Accuracy
 from r1v_rl.grpo.config import GRPOConfig, RunConfig
-from r1v_rl.grpo.preflight import context_of, heldout_examples, longest_prompt, try_rewards
+from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.tracking.manifest import write_run_manifest
 from r1v_rl.tracking.redaction import redact

@@ -149,15 +149,3 @@ class PartsConfig:
         default=None,
         metadata={"help": "Folder of the language model; `tiny/substitute_llm`, `tiny/reasoning_llm` are shipped."},
     )
-
-
-@dataclass
-class EvalDataConfig:
-    """Held-out rows whose loss `eval_strategy` measures."""
-
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows; read as the training rows."})
-    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
-    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
-    eval_dataset_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of `scenes`, such as {chains: mixed}."}
-    )

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from trl import ModelConfig, get_peft_config
 
-from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
+from r1v_rl.config import DataConfig, HeldoutConfig, build_configs, dump_recipe, read_recipe
 from r1v_rl.data.chat import load_processor
-from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.compose import compose_vlm
-from r1v_rl.sft.config import AlignConfig, EvalDataConfig, PartsConfig, SFTConfig
+from r1v_rl.sft.config import AlignConfig, PartsConfig, SFTConfig
 from r1v_rl.sft.trainer import SFTTrainer
 from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
@@ -23,8 +23,8 @@ from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
 from r1v_rl.training.launch import check_output_dir, check_processes, exit_code, resume_value, take_model_keys
 
-SFT_CONFIGS = (SFTConfig, DataConfig, EvalDataConfig, ModelConfig)
-ALIGN_CONFIGS = (AlignConfig, DataConfig, EvalDataConfig, ModelConfig, PartsConfig)
+SFT_CONFIGS = (SFTConfig, DataConfig, HeldoutConfig, ModelConfig)
+ALIGN_CONFIGS = (AlignConfig, DataConfig, HeldoutConfig, ModelConfig, PartsConfig)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,7 +82,7 @@ def _run(stage: str, values: dict, configs: tuple[Any, ...], parent: str | None)
     return 0
 
 
-def build_trainer(args: SFTConfig, data: DataConfig, heldout: EvalDataConfig, model: ModelConfig) -> SFTTrainer:
+def build_trainer(args: SFTConfig, data: DataConfig, heldout: HeldoutConfig, model: ModelConfig) -> SFTTrainer:
     """A trainer whose rows are read, tokenized and counted: what is wrong with a recipe is said before it trains."""
     if data.dataset_name is None:
         raise RecipeError("`dataset_name` must name the training rows: `scenes`, a file, a folder or a hub id")
@@ -93,25 +93,12 @@ def build_trainer(args: SFTConfig, data: DataConfig, heldout: EvalDataConfig, mo
         model=str(model.model_name_or_path),
         args=args,
         train_dataset=train,
-        eval_dataset=_heldout(heldout, data, args.seed),
+        eval_dataset=heldout_examples(heldout, data, args.seed, answer_required=False) or None,
         processing_class=processor,
         peft_config=get_peft_config(model),
     )
     check_processes(trainer)
     return trainer
-
-
-def _heldout(heldout: EvalDataConfig, data: DataConfig, seed: int):
-    """The held-out rows, read as the training rows are; None where the recipe names none."""
-    if heldout.eval_dataset_name is None:
-        return None
-    named = replace(
-        data,
-        dataset_name=heldout.eval_dataset_name,
-        dataset_size=heldout.eval_dataset_size,
-        dataset_kwargs=heldout.eval_dataset_kwargs,
-    )
-    return load_configured_examples(named, split=heldout.eval_dataset_split, answer_required=False, seed=seed)
 
 
 def _finish(trainer: SFTTrainer, stage: str, values: dict, parent: str | None, seconds: float) -> None:
