@@ -4,10 +4,10 @@
 
 Rows are of unlike length: text alone, one picture, one picture cut into tiles; short and long answers. Both sides train
 the projector of the same frozen parts on every row once (or `epochs` times). The baseline is TRL with its own collator
-and its best settings: every batch size of `BATCH_SIZES` with rows in random order and grouped by length (which TRL can
-do where it is given the lengths, and here it is) is tried first. The vision encoder is frozen on both sides. Time is all
-that a run takes once the model is loaded: reading and tokenizing rows, pictures, steps. Tokens are those of the rows,
-padding not counted. The order is ABBA, and what is printed is the median of the pairs' ratios with their range.
+and its best settings, which are searched for first: every batch size of `BATCH_SIZES`, rows in random order and grouped
+by length. TRL cannot count a picture's tokens itself, so grouping is a second baseline that is given our counts. Time is
+all that a run takes once the model is loaded: reading and tokenizing rows, pictures, steps. Tokens are those of the
+rows, padding not counted. The order is ABBA, and what is printed is the median of the pairs' ratios with their range.
 """
 
 import argparse
