@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, Command] = {
         "r1v_rl.assembly:transfer_main", "move a trained projector to another language model of the same hidden size"
     ),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
+    "convert": Command("r1v_rl.assembly:convert_main", "between internvl_chat (Skywork R1V) and transformers' layout"),
     "check": Command(
         "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),
