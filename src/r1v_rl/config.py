@@ -58,6 +58,12 @@ class DataConfig:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message put before rows that have none of their own."}
     )
+    instruction: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text put after the question of every row, such as how to reason and where to put the answer."
+        },
+    )
     images_without_marks: str = field(
         default="refuse",
         metadata={

@@ -30,6 +30,8 @@ def test_the_table_shows_every_stage(done):
     found = rows[1]["evaluations"]["."]
     assert found["num_rows"] == 12 and found["accuracy"].keys() == {"value", "low", "high"}
     assert {"blank_accuracy", "text_accuracy", "mean_length", "format_rate", "truncated_frac"} <= found.keys()
+    lengths = [json.loads((chain.parent / "out" / row["name"] / "evaluation.json").read_text()) for row in rows]
+    assert [row["settings"]["max_completion_length"] for row in lengths] == [6, 5]  # `evaluate_with` of the second
     assert rows[1]["parts"]["projector"].startswith("changed ")
     assert rows[1]["parts"]["vision_encoder"].startswith("unchanged ")
     assert rows[1]["parts"]["language_model"].startswith("unchanged ")

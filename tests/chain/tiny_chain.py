@@ -32,7 +32,8 @@ def write_chain(folder: Path, model: Path, **changes) -> Path:
         },
         "stages": [
             {"name": "first", "command": "grpo", "config": "first.yaml"},
-            {"name": "second", "command": "grpo", "config": "second.yaml", "from": {"first": "model_name_or_path"}},
+            {"name": "second", "command": "grpo", "config": "second.yaml", "from": {"first": "model_name_or_path"},
+             "evaluate_with": {"max_completion_length": 5}},
         ],
     }  # fmt: skip
     (folder / "chain.yaml").write_text(json.dumps({**chain, **changes}))

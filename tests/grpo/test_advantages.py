@@ -58,3 +58,11 @@ def test_nan_std_is_the_sample_deviation():
     got = nan_std(values, dim=1)
     assert got[0].item() == pytest.approx(torch.tensor([1.0, 2.0, 4.0]).std().item())
     assert got[1].isnan()
+
+
+def test_equal_rewards_give_exactly_zero():
+    """The mean of seven times 0.1 is not 0.1 in float32; what is no number is left out."""
+    rewards = torch.full((2, 7), 0.1)
+    rewards[1, 3] = torch.nan
+    assert (rewards - rewards.mean(1, keepdim=True))[0].abs().max() > 0
+    assert group_advantages(rewards, scale="group").eq(0).all()

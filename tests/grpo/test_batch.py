@@ -5,7 +5,7 @@ import torch
 from random_vlm import picture, random_vlm
 
 from r1v_rl.data.dataset import examples_from_rows
-from r1v_rl.grpo.batch import GenerationBatch, model_inputs, padded, score
+from r1v_rl.grpo.batch import GenerationBatch, loss_mask, model_inputs, padded, score
 from r1v_rl.grpo.config import LOSS_TYPES, GRPOConfig
 from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
 from r1v_rl.models.logprobs import add_logprob_head
@@ -15,6 +15,7 @@ from r1v_rl.rollout.prompts import encode_prompt
 
 G = 3
 LENGTHS = [4, 7, 1, 5, 2, 6, 3, 3, 8]
+ROWS = range(len(LENGTHS))
 
 
 @pytest.fixture(params=[True, False], ids=["shared", "padded"])
@@ -49,14 +50,12 @@ def mixed_batch(processor) -> GenerationBatch:
     )
 
 
-def loss_of(
-    model, batch: GenerationBatch, start: int, end: int, args: GRPOConfig, *, share_prefix: bool
-) -> torch.Tensor:
-    inputs = model_inputs(batch, start, end, pad_token_id=0, device="cpu", share_prefix=share_prefix)
+def loss_of(model, batch: GenerationBatch, rows: range, args: GRPOConfig, *, share_prefix: bool) -> torch.Tensor:
+    inputs = model_inputs(batch, rows, pad_token_id=0, device="cpu", share_prefix=share_prefix)
     logprobs, entropies = score(model, inputs)
-    reference = padded(batch.reference_logprobs, start, end, logprobs)
-    advantages = batch.advantages[start:end]
-    loss_inputs = LossInputs(logprobs, entropies, advantages, inputs.loss_mask, reference_logprobs=reference)
+    reference = padded(batch.reference_logprobs, rows, logprobs)
+    advantages = batch.advantages[rows.start : rows.stop]
+    loss_inputs = LossInputs(logprobs, entropies, advantages, loss_mask(batch, rows), reference_logprobs=reference)
     return policy_loss(loss_inputs, args, Normalisation(1, torch.tensor(batch.process_tokens)))[0]
 
 
@@ -64,13 +63,13 @@ def test_a_mixed_batch_gives_the_loss_of_its_rows_one_by_one(policy, tmp_path, s
     model, processor = policy
     batch = mixed_batch(processor)
     args = GRPOConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, bf16=False)
-    together = loss_of(model, batch, 0, len(LENGTHS), args, share_prefix=share_prefix)
+    together = loss_of(model, batch, ROWS, args, share_prefix=share_prefix)
     together.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     one_by_one = 0.0
     for row in range(len(LENGTHS)):
-        loss = loss_of(model, batch, row, row + 1, args, share_prefix=share_prefix)
+        loss = loss_of(model, batch, range(row, row + 1), args, share_prefix=share_prefix)
         loss.backward()
         one_by_one += loss.item()
     assert together.item() == pytest.approx(one_by_one, rel=1e-6, abs=1e-7)
@@ -99,9 +98,8 @@ def test_sharing_the_prompt_changes_no_number(policy, tmp_path, loss_type, beta)
     )  # fmt: skip
     if beta:
         batch.reference_logprobs = [torch.full((n,), -6.0) for n in LENGTHS]
-    rows = 0, len(LENGTHS)
-    shared = loss_of(model, batch, *rows, args, share_prefix=True)
-    padded_rows = loss_of(model, batch, *rows, args, share_prefix=False)
+    shared = loss_of(model, batch, ROWS, args, share_prefix=True)
+    padded_rows = loss_of(model, batch, ROWS, args, share_prefix=False)
     assert shared.item() == pytest.approx(padded_rows.item(), rel=1e-6)
     expected = gradients(model, padded_rows)
     found = gradients(model, shared)
@@ -115,7 +113,7 @@ def test_the_prompt_is_run_once(policy):
     batch = mixed_batch(policy[1])
     tokens = {}
     for share_prefix in (True, False):
-        inputs = model_inputs(batch, 0, len(LENGTHS), pad_token_id=0, device="cpu", share_prefix=share_prefix)
+        inputs = model_inputs(batch, ROWS, pad_token_id=0, device="cpu", share_prefix=share_prefix)
         tokens[share_prefix] = inputs.kwargs["input_ids"].numel()
     prompts = [len(p.prompt_ids) for p in batch.prompts]
     assert tokens[True] == sum(prompts) + sum(LENGTHS) - len(LENGTHS)
@@ -130,7 +128,7 @@ def test_every_picture_goes_through_the_tower_once(policy, share_prefix):
         lambda module, args, kwargs: tiles.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
     batch = mixed_batch(processor)
-    inputs = model_inputs(batch, 0, len(LENGTHS), pad_token_id=0, device="cpu", share_prefix=share_prefix)
+    inputs = model_inputs(batch, ROWS, pad_token_id=0, device="cpu", share_prefix=share_prefix)
     assert len(inputs.kwargs["pixel_values"]) == sum(len(p.vision_inputs["pixel_values"]) for p in batch.prompts[1:])
     score(model, inputs)
     assert tiles == [len(inputs.kwargs["pixel_values"])]
@@ -141,9 +139,7 @@ def test_a_frozen_tower_builds_no_graph_even_under_gradient_checkpointing(policy
     model.gradient_checkpointing_enable()
     outputs = []
     part_module(model, "vision_encoder").register_forward_hook(lambda m, a, out: outputs.append(out.last_hidden_state))
-    inputs = model_inputs(
-        mixed_batch(processor), 0, len(LENGTHS), pad_token_id=0, device="cpu", share_prefix=share_prefix
-    )
+    inputs = model_inputs(mixed_batch(processor), ROWS, pad_token_id=0, device="cpu", share_prefix=share_prefix)
     score(model, inputs)[0].sum().backward()
     assert [out.requires_grad for out in outputs] == [False], "one forward, no graph, no recomputation"
     with_gradient = {part_of(n) for n, p in model.named_parameters() if p.grad is not None}
@@ -153,8 +149,6 @@ def test_a_frozen_tower_builds_no_graph_even_under_gradient_checkpointing(policy
 def test_a_trainable_tower_gets_gradients(policy, share_prefix):
     model, processor = policy
     freeze_all_but(model, ["vision_encoder"])
-    inputs = model_inputs(
-        mixed_batch(processor), 0, len(LENGTHS), pad_token_id=0, device="cpu", share_prefix=share_prefix
-    )
+    inputs = model_inputs(mixed_batch(processor), ROWS, pad_token_id=0, device="cpu", share_prefix=share_prefix)
     score(model, inputs)[0].sum().backward()
     assert {part_of(n) for n, p in model.named_parameters() if p.grad is not None} == {"vision_encoder"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from trl.trainer.utils import split_tensor_dict
 
-from r1v_rl.grpo.batch import score
+from r1v_rl.grpo.batch import loss_mask, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.rollout.engine import Sampling
@@ -193,9 +193,9 @@ def _trl_scores(trainer: Any, part: dict) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def _our_scores(trainer: GRPOTrainer, rows: dict) -> tuple[list[Tensor], list[Tensor]]:
-    inputs = trainer._model_inputs(trainer._buffer, rows["start"], rows["end"])
+    inputs = trainer._model_inputs(trainer._buffer, range(rows["start"], rows["end"]))
     logprobs, entropies = score(trainer.model, inputs)
-    kept = inputs.loss_mask
+    kept = loss_mask(trainer._buffer, range(rows["start"], rows["end"]))
     return [r[m] for r, m in zip(logprobs, kept, strict=True)], [r[m] for r, m in zip(entropies, kept, strict=True)]
 
 

@@ -124,7 +124,7 @@ def test_merged_lora_weights_are_synced_and_the_base_is_untouched(trainer, model
     adapted._engine = trainer.engine
     batch = adapted._rollout(0)
     with torch.no_grad():
-        inputs = model_inputs(batch, 0, 8, pad_token_id=0, device="cpu", share_prefix=False)
+        inputs = model_inputs(batch, range(8), pad_token_id=0, device="cpu", share_prefix=False)
         logprobs, _ = score(adapted.model, inputs)
     for row, mask, sampled in zip(logprobs, inputs.token_mask, batch.sampler_logprobs, strict=True):
         assert (row[mask] - sampled).abs().max() <= 1e-4

@@ -1,4 +1,4 @@
-"""Which rows a round trains on, by hand: D_t = (score >= tau) or (answered wrongly), each row once, each with a reason."""
+"""Which rows a round trains on, by hand: D_t = (score >= tau) or (answered wrongly), each once, with a reason."""
 
 import pytest
 

@@ -9,7 +9,6 @@ from sft.tiny_sft import ROWS, in_child, make_trainer
 
 from r1v_rl.errors import CheckpointError, RecipeError
 from r1v_rl.models.parts import PARTS, part_module, part_of
-from r1v_rl.models.vision import FeatureCache
 
 
 def trained(tmp_path, **changes):
@@ -59,32 +58,29 @@ def test_kept_features_train_the_same_weights(tmp_path, packing):
         assert torch.allclose(weight, kept.model.state_dict()[name], atol=1e-6), name
 
 
-def test_every_picture_goes_through_the_encoder_once_in_a_run(tmp_path, monkeypatch):
-    tiles = []
-    of = FeatureCache.of
-
-    def counting(self, images, read, num_tiles, device):
-        def counted(missing):
-            pixels = read(missing)
-            tiles.append(len(pixels))
-            return pixels
-
-        return of(self, images, counted, num_tiles, device)
-
-    monkeypatch.setattr(FeatureCache, "of", counting)
+def test_every_picture_goes_through_the_encoder_once_in_a_run(tmp_path):
     trainer, _ = trained(tmp_path, vision_features="cache", max_steps=10)
     rows = trainer._train_rows
     assert trainer.state.epoch >= 3
-    assert sum(tiles) == sum(rows.num_tiles(i) for i in range(len(rows.sizes)))
+    assert trainer._features.tower_tiles == sum(rows.num_tiles(i) for i in range(len(rows.sizes)))
 
 
-def test_a_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    class Memory:
-        available = 1000
+def test_a_cache_that_is_full_keeps_what_it_has(tmp_path):
+    """Half of the pictures fit: they are seen once, the others at each use, and the weights are the same."""
+    fresh, _ = trained(tmp_path, max_steps=12)
+    one_tile = 17 * 32 * 4
+    kept, _ = trained(tmp_path, vision_features="cache", max_steps=12, vision_cache_memory_bytes=9 * one_tile)
+    rows = kept._train_rows
+    tiles = sum(rows.num_tiles(i) for i in range(len(rows.sizes)))
+    epochs = kept.state.epoch
+    assert epochs >= 3 and tiles < kept._features.tower_tiles < tiles * epochs
+    for name, weight in fresh.model.state_dict().items():
+        assert torch.allclose(weight, kept.model.state_dict()[name], atol=1e-6), name
 
-    monkeypatch.setattr("psutil.virtual_memory", Memory)
-    with pytest.raises(RecipeError, match=r"would keep \d+ tiles .* `vision_features: recompute`"):
-        trained(tmp_path, vision_features="cache")
+
+def test_a_cache_for_an_encoder_that_trains_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"vision_features: cache.*take it out of `trainable`"):
+        trained(tmp_path, vision_features="cache", trainable=["vision_encoder", "projector"])
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

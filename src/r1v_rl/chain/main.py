@@ -25,6 +25,7 @@ model) and `stages`, a list of
   overrides: {max_steps: 100}            recipe keys that the chain sets
   accelerate: ../accelerate/zero3.yaml   run by `accelerate launch --config_file`
   evaluate: false                        no evaluation, or folders that hold models: [round-*/model, .]
+  evaluate_with: {instruction: Explain.} keys of `evaluate` that are other ones for this stage
 
 A stage that is done is skipped while its recipe, its parents' manifests and the files that the recipe names are what
 they were; otherwise it runs again and its old folder is kept beside it. A stage that was interrupted goes on. The table

@@ -20,7 +20,7 @@ STAGE_COMMANDS: Mapping[str, bool] = {
 }
 """Commands that leave a model in `output_dir`, and whether they have a `seed`."""
 CHAIN_KEYS = ("output_dir", "seed", "evaluate", "stages")
-STAGE_KEYS = ("name", "command", "config", "from", "overrides", "accelerate", "evaluate")
+STAGE_KEYS = ("name", "command", "config", "from", "overrides", "accelerate", "evaluate", "evaluate_with")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Stage:
     """File for `accelerate launch --config_file`; None runs the command in one process."""
     models: tuple[str, ...] = (".",)
     """Folders inside its own that hold a model to be measured; `.` is the stage's result."""
+    evaluate_with: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the evaluation that are other ones for this stage, such as the instruction that its model is used to."""
 
     def values(self) -> dict[str, Any]:
         """The recipe with what the chain sets: what the command will read."""
@@ -147,6 +149,7 @@ def _read_stage(
         overrides={**values, "output_dir": str(root / name)},
         accelerate=base / accelerate if accelerate else None,
         models=_models(entry.get("evaluate", True), where),
+        evaluate_with=_mapping(entry.get("evaluate_with"), f"{where}: `evaluate_with`"),
     )
 
 

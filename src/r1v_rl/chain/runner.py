@@ -143,16 +143,16 @@ class Runner:
         row.parts = self._compare(stage)
         row.evaluations = {}
         for inside in models_of(stage) if self.chain.evaluate is not None else ():
-            folder, values = stage.folder / inside, dict(self.chain.evaluate or {})
+            folder, values = stage.folder / inside, {**(self.chain.evaluate or {}), **stage.evaluate_with}
             found = read_evaluation(folder, values)
             if found is None:
-                values["model_name_or_path"] = str(folder)
-                command = [sys.executable, "-m", "r1v_rl", "evaluate", *arguments(values)]
+                words = arguments({**values, "model_name_or_path": str(folder)})
+                command = [sys.executable, "-m", "r1v_rl", "evaluate", *words]
                 self._say(f"  {shlex.join(command)}")
                 code = children.run(command, keep_open=lock)
                 if children.received is not None:
                     return measured
-                found = read_evaluation(folder, dict(self.chain.evaluate or {})) if code == 0 else None
+                found = read_evaluation(folder, values) if code == 0 else None
                 if found is None:
                     raise StageFailed(f"the evaluation of {folder}", code or 1)
                 measured = True

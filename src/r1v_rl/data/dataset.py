@@ -41,6 +41,7 @@ def load_examples(
     system_prompt: str | None = None,
     images_without_marks: str = "refuse",
     answer_required: bool = True,
+    instruction: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
@@ -65,7 +66,7 @@ def load_examples(
     root = Path(dataset_root) if dataset_root else source.root
     if root is not None and not root.is_dir():
         raise DataError(f"`dataset_root` must be a folder, received {root}")
-    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required)
+    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required, instruction)
     num_rows = len(source.rows) if num_rows is None else min(num_rows, len(source.rows))
     if num_rows == 0:
         raise DataError(f"dataset {dataset_name} has no rows")
@@ -97,6 +98,7 @@ def load_configured_examples(
         system_prompt=config.system_prompt,
         images_without_marks=config.images_without_marks,
         answer_required=answer_required,
+        instruction=config.instruction,
         limit=limit,
         seed=seed,
     )
@@ -125,6 +127,7 @@ def examples_from_rows(
     prompt_column: str | None = None,
     images_without_marks: str = "refuse",
     answer_required: bool = True,
+    instruction: str | None = None,
 ) -> list[Example]:
     """Rows that are in memory already, read and checked as those of a file are.
 
@@ -132,7 +135,7 @@ def examples_from_rows(
         image_root: Where relative image paths start, and what they must stay in.
     """
     root = Path(image_root) if image_root is not None else None
-    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required)
+    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required, instruction)
     return check_examples(rows, reader, keep=True)
 
 

@@ -31,6 +31,8 @@ class RowReader:
     prompt_column: str | None = None
     images_without_marks: str = "refuse"
     answer_required: bool = True
+    instruction: str | None = None
+    """Put after the last question, one space away."""
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """The row as an example; images stay as they are stored.
@@ -58,6 +60,8 @@ class RowReader:
         reply = _drop_reply(messages)
         if self.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
+        if self.instruction:
+            _add_instruction(messages, self.instruction)
         images = tuple(resolve_image(source, self.image_root) for source in _as_list(_first(row, IMAGE_COLUMNS)))
         images = images or tuple(resolve_image(source, self.image_root) for source in embedded)
         self._match_marks(messages, images)
@@ -86,6 +90,14 @@ class RowReader:
             f"{num_marks} `{IMAGE_MARK}` mark(s) in the prompt and {len(images)} image(s); write one mark where each "
             f"image goes{hint}"
         )
+
+
+def _add_instruction(messages: list[dict[str, Any]], instruction: str) -> None:
+    content = messages[-1]["content"]
+    if content and content[-1]["type"] == "text":
+        content[-1] = {"type": "text", "text": f"{content[-1]['text'].rstrip()} {instruction}"}
+    else:
+        content.append({"type": "text", "text": instruction})
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -34,6 +34,8 @@ def group_advantages(
     if rewards.shape[1] < 2:
         raise ValueError(f"a group needs at least 2 completions, got {rewards.shape[1]}")
     advantages = rewards - rewards.nanmean(1, keepdim=True)
+    equal = rewards.nan_to_num(nan=torch.inf).amin(1) == rewards.nan_to_num(nan=-torch.inf).amax(1)
+    advantages = advantages.masked_fill(equal[:, None], 0.0)  # not the mean's rounding error
     if scale == "group":
         advantages = advantages / (nan_std(rewards, dim=1).unsqueeze(1) + _EPSILON)
     elif scale == "batch":

@@ -1,9 +1,11 @@
 """A generation batch: whole groups, from the rollout to the loss, cut into micro-batches of rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from r1v_rl.models.logprobs import Scored
@@ -38,35 +40,30 @@ class GenerationBatch:
 
 @dataclass(slots=True)
 class ModelInputs:
-    """Rows `start:end` of a generation batch as the policy takes them, and where their tokens lie."""
+    """B rows of a generation batch as the policy takes them, and where their T tokens lie."""
 
     kwargs: dict[str, Any]
     """`input_ids` and what goes with them, and the vision inputs, each prompt's once."""
     scored: Scored
     token_mask: Tensor
     """(B, T) bool: completion tokens, whether they count or not."""
-    loss_mask: Tensor
-    """(B, T) bool: those that count."""
 
 
 def model_inputs(
-    batch: GenerationBatch, start: int, end: int, *, pad_token_id: int, device: Any, share_prefix: bool
+    batch: GenerationBatch, rows: Sequence[int], *, pad_token_id: int, device: Any, share_prefix: bool
 ) -> ModelInputs:
-    """Rows `start:end` for the policy; every prompt's pixels appear once, whatever G is.
+    """These rows for the policy; every prompt's pixels appear once, whatever G is.
 
     With `share_prefix` every prompt too: one row without padding holds each prompt, followed by its completions.
     """
     group = batch.num_generations
-    owners = [row // group for row in range(start, end)]
-    completions = batch.completion_ids[start:end]
+    owners = [row // group for row in rows]
+    completions = [batch.completion_ids[row] for row in rows]
     prompts = {p: batch.prompts[p].prompt_ids for p in dict.fromkeys(owners)}
     if share_prefix:
         kwargs, positions = _packed_row(prompts, owners, completions, device)
     else:
         kwargs, positions = _padded_rows(prompts, owners, completions, pad_token_id, device)
-    lengths = torch.tensor([len(ids) for ids in completions])
-    token_mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    counts = torch.tensor(batch.counts[start:end])
     vision, image_rows = _vision(batch.prompts, owners)
     return ModelInputs(
         kwargs={**kwargs, **vision},
@@ -75,9 +72,19 @@ def model_inputs(
             torch.tensor([token for ids in completions for token in ids], device=device),
             None if image_rows is None or share_prefix else torch.tensor(image_rows, device=device),
         ),
-        token_mask=token_mask.to(device),
-        loss_mask=(token_mask & counts[:, None]).to(device),
+        token_mask=token_mask(batch, rows).to(device),
     )
+
+
+def token_mask(batch: GenerationBatch, rows: Sequence[int]) -> Bool[Tensor, "B T"]:
+    """True on the completion tokens of these rows, T the longest."""
+    lengths = torch.tensor([len(batch.completion_ids[row]) for row in rows])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def loss_mask(batch: GenerationBatch, rows: Sequence[int]) -> Bool[Tensor, "B T"]:
+    """True on those that count."""
+    return token_mask(batch, rows) & torch.tensor([batch.counts[row] for row in rows])[:, None]
 
 
 def _padded_rows(
@@ -149,11 +156,11 @@ def score(model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
     )
 
 
-def padded(rows: list[Tensor] | None, start: int, end: int, like: Tensor) -> Tensor | None:
-    """Ragged rows `start:end` as a (B, T) tensor of `like`'s shape, zero on padding."""
-    if rows is None:
+def padded(values: list[Tensor] | None, rows: Sequence[int], like: Tensor) -> Float[Tensor, "B T"] | None:
+    """These ragged rows as a float32 tensor of the shape and on the device of `like`, zero on padding."""
+    if values is None:
         return None
-    out = like.new_zeros(like.shape)
-    for i, row in enumerate(rows[start:end]):
-        out[i, : len(row)] = row
+    out = torch.zeros(like.shape, device=like.device)
+    for i, row in enumerate(rows):
+        out[i, : len(values[row])] = values[row]
     return out

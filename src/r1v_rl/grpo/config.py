@@ -32,6 +32,7 @@ REFUSED_KEYS = {
 """TRL keys that are not implemented, each with the reason. Any value but TRL's default is an error, never ignored."""
 
 _REWARDS = RewardSettings()
+VISION_FEATURES = ("recompute", "cache")
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo")
 
 
@@ -82,6 +83,26 @@ class GRPOConfig(trl.GRPOConfig):
             "model that cannot do it falls back to padded rows, and one line says why."
         },
     )
+    skip_zero_advantage: bool = field(
+        default=True,
+        metadata={
+            "help": "Do not run completions that cannot move the weights: advantage 0, or left out of the loss. Same "
+            "loss and gradients; `entropy`, `clip_ratio` and `sampling` metrics are over those that ran. Without "
+            "effect where beta, entropy_coef or top_entropy_quantile need every completion."
+        },
+    )
+    vision_features: str = field(
+        default="recompute",
+        metadata={
+            "help": "What a frozen vision encoder sees in a picture: recompute it once a rollout, or cache it in main "
+            "memory, for rows that come again.",
+            "choices": list(VISION_FEATURES),
+        },
+    )
+    vision_cache_memory_bytes: int = field(
+        default=4 * 2**30,
+        metadata={"help": "Memory of `vision_features: cache` in bytes, per process; what was used last stays."},
+    )
     save_rollouts: bool = field(default=True, metadata={"help": "Keep every rollout in output_dir/rollouts."})
 
     def __post_init__(self) -> None:
@@ -104,6 +125,11 @@ class GRPOConfig(trl.GRPOConfig):
                 f"`pad_to_multiple_of` must be unset, not {self.pad_to_multiple_of}: rows are not padded."
             )
 
+    @property
+    def needs_every_completion(self) -> bool:
+        """Whether completions of advantage 0 move the loss, by the KL term, the entropy, or a quantile over tokens."""
+        return bool(self.beta or self.entropy_coef or self.top_entropy_quantile < 1.0)
+
     def _check_values(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, not `{self.loss_type}`.")
@@ -115,6 +141,12 @@ class GRPOConfig(trl.GRPOConfig):
             raise RecipeError(f"`scale_rewards` must be group, batch or none, not `{self.scale_rewards}`.")
         if self.trainable is not None and (not self.trainable or set(self.trainable) - set(PARTS)):
             raise RecipeError(f"`trainable` must name parts of {', '.join(PARTS)}; received {self.trainable}.")
+        if self.vision_features not in VISION_FEATURES:
+            raise RecipeError(
+                f"`vision_features` must be {' or '.join(VISION_FEATURES)}, not `{self.vision_features}`."
+            )
+        if self.vision_features == "cache" and "vision_encoder" in (self.trainable or ()):
+            raise RecipeError("`vision_features: cache` is for a frozen vision encoder; take it out of `trainable`.")
         rows = self.per_device_train_batch_size * self.steps_per_generation
         if rows % self.num_generations:
             raise RecipeError(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
@@ -18,6 +20,7 @@ from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import add_logprob_head
 from r1v_rl.models.packing import enable_packing, why_not_packed
 from r1v_rl.models.parts import freeze_all_but
+from r1v_rl.models.vision_features import VisionFeatures
 from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.prompts import placeholder_ids
@@ -72,6 +75,23 @@ def shares_prefix(args: GRPOConfig, *models: Any) -> bool:
     for model in used:
         enable_packing(model.get_base_model() if hasattr(model, "get_base_model") else model)
     return True
+
+
+def frozen_vision(policy: Any, args: GRPOConfig, accelerator: Accelerator) -> VisionFeatures | None:
+    """What runs a frozen vision encoder ahead of every pass; None where the passes run it themselves.
+
+    Raises:
+        RecipeError: If the recipe asks for a cache where there cannot be one.
+    """
+    reason = VisionFeatures.why_not(policy)
+    if reason is None and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        reason = "sharded weights are gathered inside the model's own forward only"
+    if reason is None:
+        keeps = args.vision_features == "cache"
+        return VisionFeatures(policy, cache_bytes=args.vision_cache_memory_bytes if keeps else 0)
+    if args.vision_features == "cache":
+        raise RecipeError(f"`vision_features: cache` cannot be: {reason}. Set `vision_features: recompute`.")
+    return None
 
 
 @contextmanager

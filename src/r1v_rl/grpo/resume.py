@@ -20,6 +20,7 @@ _MUST_AGREE = (
     "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
     "num_iterations", "max_completion_length", "temperature", "loss_type", "beta", "seed", "data_seed",
     "shuffle_dataset", "trainable", "learning_rate", "optim", "use_vllm",
+    "share_prefix", "skip_zero_advantage",
 )  # fmt: skip
 
 

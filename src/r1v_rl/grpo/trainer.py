@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -14,15 +15,16 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
-from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, model_inputs, padded, score
+from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, loss_mask, model_inputs, padded, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
-from r1v_rl.grpo.policy import make_engine, prepare_models, reference_policy, shares_prefix
+from r1v_rl.grpo.policy import frozen_vision, make_engine, prepare_models, reference_policy, shares_prefix
 from r1v_rl.grpo.records import completion_records, show_completions
 from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
+from r1v_rl.grpo.update import rows_to_run, spread, zero_with_gradient
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
@@ -80,6 +82,7 @@ class GRPOTrainer(GRPOResume):
             compute_loss_func=policy_loss,  # tells transformers that the loss does its own scaling
         )
         drop_default_console(self)
+        self._vision = frozen_vision(self.model, args, self.accelerator)
         self.sampler = PromptSampler(
             len(self.train_examples),
             prompts_per_generation=args.generation_batch_size // args.num_generations,
@@ -158,28 +161,47 @@ class GRPOTrainer(GRPOResume):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """The policy loss of rows `start:end` of the buffered generation batch."""
-        batch, start, end = self._buffer, inputs["start"], inputs["end"]
+        batch, rows = self._buffer, range(inputs["start"], inputs["end"])
         assert batch is not None
-        rows = self._model_inputs(batch, start, end)
-        logprobs, entropies = score(model, rows)
+        mask = loss_mask(batch, rows).to(self.accelerator.device)
+        old, correctable = padded(batch.old_logprobs, rows, mask), padded(self._correctable(batch), rows, mask)
+        logprobs, entropies, ran = self._score_moving(model, batch, rows, mask, old if old is not None else correctable)
         loss_inputs = LossInputs(
             logprobs=logprobs,
             entropies=entropies,
-            advantages=batch.advantages[start:end],
-            mask=rows.loss_mask,
-            old_logprobs=padded(batch.old_logprobs, start, end, logprobs),
-            reference_logprobs=padded(batch.reference_logprobs, start, end, logprobs),
-            sampler_logprobs=padded(self._correctable(batch), start, end, logprobs),
+            advantages=batch.advantages[rows.start : rows.stop],
+            mask=mask,
+            old_logprobs=old,
+            reference_logprobs=padded(batch.reference_logprobs, rows, mask),
+            sampler_logprobs=correctable,
         )
         steps = self.current_gradient_accumulation_steps
         share = steps / self.args.steps_per_generation
         normalisation = Normalisation(steps, torch.tensor(batch.process_tokens * share, device=logprobs.device))
-        kept = entropy_mask(entropies.detach(), rows.loss_mask, self.args.top_entropy_quantile, self.accelerator)
+        kept = entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile, self.accelerator)
         loss, stats = policy_loss(loss_inputs, self.args, normalisation, kept)
-        self.metrics.add_update(
-            loss_inputs, stats, sampler_logprobs=padded(batch.sampler_logprobs, start, end, logprobs)
-        )
+        self.metrics.add("skipped_completions", 1.0 - ran.float().mean())
+        if not ran.any():
+            return loss + zero_with_gradient(model)
+        seen = replace(loss_inputs, mask=mask & ran[:, None])
+        self.metrics.add_update(seen, stats, sampler_logprobs=padded(batch.sampler_logprobs, rows, mask))
         return loss
+
+    def _score_moving(
+        self, model: nn.Module, batch: GenerationBatch, rows: range, mask: Tensor, rest: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and entropies (B, T), and which rows were run for them (B,); those that move nothing were
+        not, and have the log-probabilities `rest` (zeros where None), so that no ratio overflows."""
+        distributed = self.accelerator.distributed_type != DistributedType.NO
+        run = rows_to_run(batch, rows, self.args, at_least_one=distributed)
+        nothing = torch.zeros(mask.shape, device=mask.device)
+        rest, ran = nothing if rest is None else rest, torch.zeros(len(rows), dtype=torch.bool, device=mask.device)
+        if not run:
+            return rest, nothing, ran
+        logprobs, entropies = score(model, self._model_inputs(batch, run))
+        places = torch.tensor(run, device=mask.device) - rows.start
+        ran[places] = True
+        return spread(logprobs, places, rest), spread(entropies, places, nothing), ran
 
     # ---- parts of the loop ----------------------------------------------------------------------------------------
 
@@ -231,11 +253,17 @@ class GRPOTrainer(GRPOResume):
             else None,
         )
 
-    def _model_inputs(self, batch: GenerationBatch, start: int, end: int) -> ModelInputs:
+    def _model_inputs(self, batch: GenerationBatch, rows: Sequence[int]) -> ModelInputs:
+        """These rows for the policy, their pictures seen by a frozen tower already (once, at their first use)."""
+        prompts = {row // batch.num_generations: None for row in rows}
+        for prompt in (batch.prompts[p] for p in prompts):
+            pixels = prompt.vision_inputs.get("pixel_values")
+            if self._vision is not None and pixels is not None and pixels.ndim == 4:
+                with self.accelerator.autocast():
+                    prompt.vision_inputs["pixel_values"] = self._vision.of(pixels, prompt.images)
         return model_inputs(
             batch,
-            start,
-            end,
+            rows,
             pad_token_id=self._tokenizer.pad_token_id,
             device=self.accelerator.device,
             share_prefix=self.share_prefix,
@@ -255,7 +283,7 @@ class GRPOTrainer(GRPOResume):
         size, rows = self.args.per_device_train_batch_size, []
         for start in range(0, len(batch.completion_ids), size):
             end = min(start + size, len(batch.completion_ids))
-            inputs = self._model_inputs(batch, start, end)
+            inputs = self._model_inputs(batch, range(start, end))
             logprobs, _ = score(model, inputs)
             rows += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
         return rows

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
 from r1v_rl.models.vision import VisionOnce
 
 _VOCABULARY_TILE = 32768
+_LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class TokenScores:
 
 
 def add_logprob_head(
-    model: PreTrainedModel, *, temperature: float, float32_head: bool, with_top1: bool = False
+    model: PreTrainedModel, *, temperature: float, float32_head: bool, supervised: bool = False
 ) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
@@ -50,9 +51,9 @@ def add_logprob_head(
         model: A transformers causal or image-text model.
         temperature: Logits are divided by it, as in the sampler.
         float32_head: Run the LM head in float32.
-        with_top1: Fill `TokenScores.is_top1`.
+        supervised: For a loss on the log-probabilities alone: `is_top1` is filled, and entropies have no gradient.
     """
-    outputs = ("log_probs", "entropy", "is_top1") if with_top1 else ("log_probs", "entropy")
+    outputs = ("log_probs", "entropy", "is_top1") if supervised else ("log_probs", "entropy")
     original = model.forward
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -69,16 +70,11 @@ def add_logprob_head(
             hidden = hidden + _no_gradient(self)
         head = self.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
+            hidden = hidden.float() if float32_head else hidden
+            if supervised and not head.weight.requires_grad and not softcap:
+                return TokenScores(*_FrozenHead.apply(hidden, head.weight, head.bias, scored.targets, temperature))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
-                hidden.float() if float32_head else hidden,
-                head.weight,
-                head.bias,
-                scored.targets,
-                temperature,
-                _VOCABULARY_TILE,
-                softcap,
-                1.0,
-                outputs,
+                hidden, head.weight, head.bias, scored.targets, temperature, _VOCABULARY_TILE, softcap, 1.0, outputs
             )
         return TokenScores(logprobs, entropies, is_top1)
 
@@ -89,3 +85,45 @@ def _no_gradient(model: PreTrainedModel) -> Tensor | float:
     """Zero, with a gradient of zero: a batch without pictures where the projector alone trains."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return 0.0 * torch.stack([p.sum() for p in trainable]).sum() if trainable else 0.0
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities, entropies and `is_top1` of a head that does not train.
+
+    A token's gradient is known but for one factor as soon as its logits are: it is kept, (M, hidden), and no logits are
+    stored or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        scores = [torch.empty(len(targets), device=hidden.device) for _ in range(2)]
+        logprobs, entropies = scores
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        size = max(1, _LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            if temperature != 1.0:
+                logits /= temperature
+            wanted = targets[part, None]
+            is_top1[part] = logits.argmax(-1) == wanted[:, 0]
+            all_logprobs = torch.log_softmax(logits, -1)
+            logprobs[part] = all_logprobs.gather(1, wanted)[:, 0]
+            probabilities = torch.exp(all_logprobs, out=logits)
+            entropies[part] = -torch.linalg.vecdot(probabilities, all_logprobs)
+            if direction is not None:
+                probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                torch.mm(probabilities.to(weight.dtype), weight, out=direction[part])
+        ctx.save_for_backward(direction)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies, is_top1)
+        return logprobs, entropies, is_top1
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, *_):
+        (direction,) = ctx.saved_tensors
+        return (direction * (grad_logprobs / -ctx.temperature)[:, None]).to(direction.dtype), None, None, None, None

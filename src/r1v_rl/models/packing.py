@@ -204,16 +204,20 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v = _by_key_head(query, key, value)
         grad, out = (x[0].unflatten(0, q.shape[:2]) for x in (grads[0], out))
         wide = _wide(q)  # for sums over blocks
-        grad_q = torch.zeros_like(q, dtype=wide)
-        grad_k, grad_v = (torch.zeros(x.shape[0], x.shape[2], x.shape[3], dtype=wide, device=x.device) for x in (k, v))
+        grad_q = torch.empty_like(q, dtype=wide)
+        grad_k, grad_v = (torch.empty(x.shape[0], *x.shape[2:], dtype=wide, device=x.device) for x in (k, v))
         for queries, keys, causal in ctx.layout.blocks():
             part_q, part_k, part_v = kernel.backward(
                 grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
                 out[:, :, queries], lse[:, :, queries].contiguous(), causal=causal, scale=ctx.scale,
             )  # fmt: skip
-            grad_q[:, :, queries] += part_q
-            grad_k[:, keys] += part_k.sum(1, dtype=wide)
-            grad_v[:, keys] += part_v.sum(1, dtype=wide)
+            part_k, part_v = (x[:, 0] if x.shape[1] == 1 else x.sum(1, dtype=wide) for x in (part_k, part_v))
+            if causal:  # every token's first block
+                grad_q[:, :, queries], grad_k[:, keys], grad_v[:, keys] = part_q, part_k, part_v
+            else:
+                grad_q[:, :, queries] += part_q
+                grad_k[:, keys] += part_k
+                grad_v[:, keys] += part_v
         grad_q = grad_q.flatten(0, 1)[None].to(query.dtype)
         return grad_q, grad_k[None].to(key.dtype), grad_v[None].to(value.dtype), None, None
 

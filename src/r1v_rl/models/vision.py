@@ -1,7 +1,7 @@
 """The vision tower runs once per unique image, and without a graph where it is frozen."""
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,10 +48,13 @@ class VisionOnce:
 
 def run_without_graph_where_frozen(tower: nn.Module) -> None:
     """A tower without a trainable parameter runs in eval mode under `no_grad`, whatever hooks gradient checkpointing
-    has put on its embeddings."""
+    has put on its embeddings. Given its own features (tiles, tokens, hidden) for pixels, it hands them on."""
     original = tower.forward
 
     def forward(module, *args, **kwargs):
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and pixels.ndim == 3:
+            return BaseModelOutputWithPooling(last_hidden_state=pixels)
         if any(parameter.requires_grad for parameter in module.parameters()):
             return original(*args, **kwargs)
         if module.training:
@@ -60,51 +63,3 @@ def run_without_graph_where_frozen(tower: nn.Module) -> None:
             return original(*args, **kwargs)
 
     tower.forward = types.MethodType(forward, tower)
-
-
-class FeatureCache:
-    """What a frozen vision encoder sees in each picture, computed at first use and kept in main memory.
-
-    The model then takes the kept features in the place of pixels: its encoder hands on what has three dimensions.
-    """
-
-    def __init__(self, model: Any):
-        self._tower = part_module(model, "vision_encoder")
-        if any(parameter.requires_grad for parameter in self._tower.parameters()):
-            raise ValueError("features can be kept for a frozen vision encoder only")
-        self._features: dict[int, Tensor] = {}
-        original = self._tower.forward
-
-        def forward(module, *args, pixel_values: Tensor, **kwargs):
-            if pixel_values.ndim == 3:
-                return BaseModelOutputWithPooling(last_hidden_state=pixel_values)
-            return original(*args, pixel_values=pixel_values, **kwargs)
-
-        self._tower.forward = types.MethodType(forward, self._tower)
-
-    def __len__(self) -> int:
-        return len(self._features)
-
-    def of(
-        self,
-        images: Sequence[int],
-        read: Callable[[Sequence[int]], Tensor],
-        num_tiles: Callable[[int], int],
-        device: torch.device,
-    ) -> Tensor:
-        """Features of these pictures, all tiles in order, (tiles, tokens, hidden), on `device`.
-
-        Args:
-            images: Numbers of pictures.
-            read: Pictures -> their pixels, (tiles, 3, height, width); called for those not seen before.
-            num_tiles: Picture -> its tiles.
-        """
-        missing = [image for image in images if image not in self._features]
-        if missing:
-            dtype = next(self._tower.parameters()).dtype
-            pixels = read(missing).to(device, dtype)
-            features = self._tower(pixel_values=pixels).last_hidden_state.to("cpu")
-            # copies, so that a kept picture does not hold the whole batch it came with
-            parts = features.split([num_tiles(image) for image in missing])
-            self._features |= {image: part.clone() for image, part in zip(missing, parts, strict=True)}
-        return torch.cat([self._features[image] for image in images]).to(device)

@@ -61,10 +61,14 @@ class SFTConfig(trl.SFTConfig):
     vision_features: str = field(
         default="recompute",
         metadata={
-            "help": "What a frozen vision encoder sees in a picture: recompute it at each use, or cache it in memory, "
-            "for several epochs or many rows over few pictures.",
+            "help": "What a frozen vision encoder sees in a picture: recompute it at each use, or cache it in main "
+            "memory, for several epochs or many rows over few pictures.",
             "choices": list(VISION_FEATURES),
         },
+    )
+    vision_cache_memory_bytes: int = field(
+        default=4 * 2**30,
+        metadata={"help": "Memory of `vision_features: cache` in bytes, per process; what was seen first stays."},
     )
     loss_weighting: str = field(
         default="token",

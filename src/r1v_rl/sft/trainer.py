@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 import trl
 from datasets import Dataset
@@ -15,8 +14,8 @@ from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.models.logprobs import Scored, add_logprob_head
 from r1v_rl.models.packing import enable_packing
-from r1v_rl.models.parts import freeze_all_but, part_module
-from r1v_rl.models.vision import FeatureCache
+from r1v_rl.models.parts import freeze_all_but
+from r1v_rl.models.vision_features import VisionFeatures
 from r1v_rl.sft.collation import Collator, RowDataset
 from r1v_rl.sft.config import SFTConfig
 from r1v_rl.sft.packing import RowBatches, RowLoader, pack, shuffled
@@ -81,8 +80,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         self._flat = args.packing or args.padding_free
         if self._flat:
             enable_packing(policy)
-        add_logprob_head(policy, temperature=1.0, float32_head=False, with_top1=True)
-        self._cache = FeatureCache(policy) if args.vision_features == "cache" else None
+        add_logprob_head(policy, temperature=1.0, float32_head=False, supervised=True)
+        self._features = _kept_features(policy, args)
         self._stop = StopOnSignal()
         packing, padding_free = args.packing, args.padding_free
         args.packing = args.padding_free = False  # TRL's own, which is for text
@@ -105,8 +104,6 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         if eval_dataset is not None:
             self._eval_rows = self._read(eval_dataset)
             self.eval_dataset = self._plan(self._eval_rows)
-        if self._cache is not None:
-            self._check_cache_size(policy)
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +161,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
             flat=self._flat,
             pad_token_id=self._tokenizer.pad_token_id,
             loss_weighting=args.loss_weighting,
-            with_pixels=self._cache is None or rows is not self._train_rows,
+            with_pixels=self._features is None or rows is not self._train_rows,
         )
         workers = args.dataloader_num_workers
         return RowLoader(
@@ -212,9 +209,9 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         if "pixel_values" in inputs:
             taken["pixel_values"] = inputs["pixel_values"]
         elif "images" in inputs:
-            assert self._cache is not None
+            assert self._features is not None
             rows = self._train_rows
-            taken["pixel_values"] = self._cache.of(
+            taken["pixel_values"] = self._features.of_named(
                 inputs["images"],
                 lambda images: rows.vision_inputs(images)["pixel_values"],
                 rows.num_tiles,
@@ -275,24 +272,21 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     def _send_telemetry(self) -> None:
         """TRL's report to its makers is not sent."""
 
-    def _check_cache_size(self, model: PreTrainedModel) -> None:
-        """Refuse a cache that would not fit into main memory, before hours are spent on filling it."""
-        if model.config.vision_feature_layer != -1:
-            raise RecipeError(
-                f"`vision_features: cache` is for models that read the encoder's last layer; this one reads layer "
-                f"{model.config.vision_feature_layer}: set `vision_features: recompute`"
-            )
-        config, rows = model.config.vision_config, self._train_rows
-        tiles = sum(rows.num_tiles(image) for image in range(len(rows.sizes)))
-        tokens = (config.image_size[0] // config.patch_size[0]) * (config.image_size[1] // config.patch_size[1]) + 1
-        bytes_of_one = next(part_module(model, "vision_encoder").parameters()).element_size()
-        needed = tiles * tokens * config.hidden_size * bytes_of_one
-        available = psutil.virtual_memory().available
-        if needed > available:
-            raise RecipeError(
-                f"`vision_features: cache` would keep {tiles} tiles in {needed / 2**30:.1f} GiB of memory, of which "
-                f"{available / 2**30:.1f} GiB are free: set `vision_features: recompute`"
-            )
+
+def _kept_features(model: PreTrainedModel, args: SFTConfig) -> VisionFeatures | None:
+    """The features cache that the recipe asks for.
+
+    Raises:
+        RecipeError: If there cannot be one.
+    """
+    if args.vision_features != "cache":
+        return None
+    reason = VisionFeatures.why_not(model)
+    if reason is None and (args.fsdp or args.deepspeed_plugin is not None):
+        reason = "sharded weights are gathered inside the model's own forward only"
+    if reason is not None:
+        raise RecipeError(f"`vision_features: cache` cannot be: {reason}. Set `vision_features: recompute`.")
+    return VisionFeatures(model, cache_bytes=args.vision_cache_memory_bytes)
 
 
 def _examples(dataset: Dataset | Sequence) -> Sequence[Example]:

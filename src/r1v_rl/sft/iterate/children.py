@@ -43,11 +43,13 @@ def in_child(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def run_command(command: Sequence[str]) -> int:
-    """The exit code of a command. Ctrl-C and SIGTERM reach it once, and it is waited for: it leaves a checkpoint."""
+    """The exit code of a command, as a shell gives it (137 for SIGKILL). Ctrl-C and SIGTERM reach it once, and it is
+    waited for: it leaves a checkpoint."""
     parent = os.getpid()
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: _die_with(parent))
     try:
-        return process.wait()
+        code = process.wait()
+        return code if code >= 0 else 128 - code
     except BaseException as error:
         process.send_signal(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
         process.wait()

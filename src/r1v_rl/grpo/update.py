@@ -1,0 +1,46 @@
+"""Which completions an update must run, and how the rest fill their places."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from r1v_rl.grpo.batch import GenerationBatch
+from r1v_rl.grpo.config import GRPOConfig
+
+
+def rows_to_run(batch: GenerationBatch, rows: Sequence[int], args: GRPOConfig, *, at_least_one: bool) -> list[int]:
+    """Those of `rows` that can move the weights: they count and their advantage is not 0; all, where the KL term, the
+    entropy or a quantile over tokens needs all.
+
+    Args:
+        batch: The generation batch.
+        rows: Rows of one micro-batch.
+        args: The recipe.
+        at_least_one: Run the shortest row where none moves anything: the processes of a distributed run must make
+            the same calls.
+    """
+    if args.needs_every_completion or not args.skip_zero_advantage:
+        return list(rows)
+    advantages = batch.advantages.tolist()
+    moving = [row for row in rows if batch.counts[row] and advantages[row] != 0.0 and batch.completion_ids[row]]
+    if not moving and at_least_one:
+        prompt = [len(batch.prompts[row // batch.num_generations].prompt_ids) for row in rows]
+        lengths = [p + len(batch.completion_ids[row]) for p, row in zip(prompt, rows, strict=True)]
+        return [rows[lengths.index(min(lengths))]]
+    return moving
+
+
+def spread(values: Float[Tensor, "R t"], places: Int[Tensor, " R"], rest: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """`rest` with rows `places` replaced by `values`, which are zero on their padding."""
+    filled = rest.clone()
+    filled[places] = torch.nn.functional.pad(values, (0, rest.shape[1] - values.shape[1]))
+    return filled
+
+
+def zero_with_gradient(model: Any) -> Float[Tensor, ""]:
+    """Zero, with a gradient of zero for every trainable parameter: what an update of no rows comes to."""
+    firsts = [p.flatten()[0] for p in model.parameters() if p.requires_grad]
+    return torch.stack([first.float() for first in firsts]).sum() * 0.0
