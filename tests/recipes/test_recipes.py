@@ -10,13 +10,14 @@ import yaml
 
 from r1v_rl.config import parse_recipe
 from r1v_rl.grpo.main import CONFIGS as GRPO_CONFIGS
-from r1v_rl.sft.main import CONFIGS as ALIGN_CONFIGS
+from r1v_rl.sft.iterate.config import CONFIGS as ITERATE_CONFIGS
+from r1v_rl.sft.main import ALIGN_CONFIGS, SFT_CONFIGS
 from r1v_rl.tracking.completions import read_rollouts
 from r1v_rl.tracking.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
-CONFIGS = {"grpo": GRPO_CONFIGS, "align": ALIGN_CONFIGS}
+CONFIGS = {"grpo": GRPO_CONFIGS, "align": ALIGN_CONFIGS, "sft": SFT_CONFIGS, "iterate": ITERATE_CONFIGS}
 
 
 def command_of(recipe: Path) -> str:
