@@ -219,10 +219,11 @@ def test_folders_and_layouts_that_do_not_go_together_are_refused(tmp_path):
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 import r1v_rl, torch
 from r1v_rl.models.convert import convert_checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# not ru_maxrss, which starts at what the parent had
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 convert_checkpoint(sys.argv[1], sys.argv[2])
 before = peak()
 convert_checkpoint(sys.argv[3], sys.argv[4])
