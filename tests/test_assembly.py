@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from published_chat import INTERNVIT_6B, save_chat
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from r1v_rl.checkpoints import file_sha256
@@ -36,6 +37,24 @@ def test_compose_then_transfer_leave_two_stages(tmp_path, capsys):
         assert found["weight_hashes"] == part_hashes(AutoModelForImageTextToText.from_pretrained(folder))
         assert yaml.safe_load((folder / "config.yaml").read_text()) == found["config"]
         assert AutoProcessor.from_pretrained(folder).image_processor.max_patches == 4
+
+
+def test_convert_there_and_back_leaves_two_stages(tmp_path, capsys):
+    source = save_chat(tmp_path / "chat", "v1", INTERNVIT_6B)
+    there, back = tmp_path / "hf", tmp_path / "back"
+    assert main(["convert", "--model_name_or_path", str(source), "--output_dir", str(there)]) == 0
+    assert "tensors in 4 file(s), layout transformers" in capsys.readouterr().out
+    arguments = ["--model_name_or_path", str(there), "--output_dir", str(back), "--original", str(source)]
+    assert main(["convert", *arguments, "--to", "internvl_chat"]) == 0
+    one, two = manifest(there), manifest(back)
+    assert one["metrics"] == {"ps_version": "v1", "tensors": 67, "shards": 4}
+    assert one["weight_hashes"] == part_hashes(AutoModelForImageTextToText.from_pretrained(there))
+    assert two["parent"]["manifest_sha256"] == file_sha256(there / "manifest.json")
+    assert two["weight_hashes"].keys() == set(PARTS)
+    (source / "model-00001-of-00004.safetensors").unlink()
+    assert main(["convert", "--model_name_or_path", str(source), "--output_dir", str(there)]) == 2
+    assert "lacks model-00001-of-00004.safetensors" in capsys.readouterr().err
+    assert not (there / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`r1v-rl compose` and `r1v-rl transfer`: models from parts, without training, each in a stage folder."""
+"""`r1v-rl compose`, `transfer` and `convert`: models made of others without training, each in a stage folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,8 +58,30 @@ class TransferConfig:
     dtype: str = field(default="float32", metadata=_DTYPE)
 
 
+@dataclass
+class ConvertConfig:
+    """A checkpoint and the layout that it is to have."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder in the layout `internvl_chat` (Skywork R1V, InternVL) or in transformers'."}
+    )
+    output_dir: str = field(metadata={"help": _OUTPUT_HELP})
+    to: str | None = field(
+        default=None,
+        metadata={"help": "Layout to write; unset, the other one.", "choices": ["transformers", "internvl_chat"]},
+    )
+    original: str | None = field(
+        default=None,
+        metadata={
+            "help": "On the way to internvl_chat: the published checkpoint whose config.json, tokenizer and code files "
+            "are taken over; unset, they are written anew."
+        },
+    )
+
+
 COMPOSE_CONFIGS = (ComposeConfig,)
 TRANSFER_CONFIGS = (TransferConfig,)
+CONVERT_CONFIGS = (ConvertConfig,)
 
 
 def compose_main(argv: Sequence[str]) -> int:
@@ -69,6 +91,7 @@ def compose_main(argv: Sequence[str]) -> int:
     encoder, llm = resolve_part(config.vision_encoder), resolve_part(config.language_model)
     output_dir = _begin(config.output_dir, encoder, llm)
     from r1v_rl.models.compose import compose_vlm
+    from r1v_rl.models.parts import part_hashes
 
     model = compose_vlm(
         encoder,
@@ -81,7 +104,7 @@ def compose_main(argv: Sequence[str]) -> int:
         seed=config.seed,
     )
     sizes = {"parameters": _parameters(model), "visual_tokens_per_tile": model.config.image_seq_length}
-    _finish(output_dir, "compose", None, values, model, {"seed": config.seed}, sizes)
+    _finish(output_dir, "compose", None, values, part_hashes(model), {"seed": config.seed}, sizes)
     print(f"{output_dir}: {sizes['visual_tokens_per_tile']} visual tokens a tile, parameters {sizes['parameters']}")
     return 0
 
@@ -92,6 +115,7 @@ def transfer_main(argv: Sequence[str]) -> int:
     (config,) = build_configs(TRANSFER_CONFIGS, values)
     llm = resolve_part(config.language_model)
     output_dir = _begin(config.output_dir, config.projector_from, llm)
+    from r1v_rl.models.parts import part_hashes
     from r1v_rl.models.transfer import transfer_projector
 
     transfer = transfer_projector(config.projector_from, llm, output_dir, dtype=config.dtype)
@@ -102,7 +126,21 @@ def transfer_main(argv: Sequence[str]) -> int:
         "embedding_cosine": transfer.embedding_cosine,
         "warnings": transfer.warnings,
     }
-    _finish(output_dir, "transfer", config.projector_from, values, transfer.model, {}, metrics)
+    _finish(output_dir, "transfer", config.projector_from, values, part_hashes(transfer.model), {}, metrics)
+    return 0
+
+
+def convert_main(argv: Sequence[str]) -> int:
+    """Exit code 0 when the checkpoint stands in `output_dir` in the other layout."""
+    values = read_recipe(CONVERT_CONFIGS, argv, prog="r1v-rl convert")
+    (config,) = build_configs(CONVERT_CONFIGS, values)
+    output_dir = _begin(config.output_dir, config.model_name_or_path, config.original or "")
+    from r1v_rl.models.convert import convert_checkpoint
+
+    done = convert_checkpoint(config.model_name_or_path, output_dir, to=config.to, original=config.original)
+    counts = {"ps_version": done.ps_version, "tensors": done.num_tensors, "shards": done.num_shards}
+    _finish(output_dir, "convert", config.model_name_or_path, values, done.weight_hashes, {}, counts)
+    print(f"{output_dir}: {done.num_tensors} tensors in {done.num_shards} file(s), layout {done.layout}")
     return 0
 
 
@@ -110,17 +148,15 @@ def _begin(output_dir: str, *sources: str | Path) -> Path:
     """The folder, without a manifest: it counts as complete only when the new one is written."""
     folder = Path(output_dir)
     for source in sources:
-        if folder.exists() and Path(source).exists() and folder.samefile(source):
+        if source and folder.exists() and Path(source).exists() and folder.samefile(source):
             raise UserError(f"`output_dir` must not be a folder that is read from, received {output_dir} for both")
     (folder / RUN_MANIFEST).unlink(missing_ok=True)
     return folder
 
 
 def _finish(
-    output_dir: Path, stage: str, parent: str | None, values: dict, model: Any, seeds: dict, metrics: dict
+    output_dir: Path, stage: str, parent: str | None, values: dict, hashes: dict, seeds: dict, metrics: dict
 ) -> None:
-    from r1v_rl.models.parts import part_hashes
-
     (output_dir / "config.yaml").write_text(dump_recipe(values))
     write_run_manifest(
         output_dir,
@@ -128,7 +164,7 @@ def _finish(
         parent=parent,
         config=values,
         data_hash=None,
-        weight_hashes=part_hashes(model),
+        weight_hashes=hashes,
         seeds=seeds,
         metrics=metrics,
     )

@@ -1,5 +1,7 @@
 """vLLM in process: the policy's log-probabilities after every update, one answer a seed, no placeholder sampled."""
 
+import copy
+
 import pytest
 import torch
 from grpo.tiny_run import ROWS, make_trainer
@@ -8,9 +10,11 @@ from random_vlm import save_random_vlm
 from r1v_rl.data.chat import limit_image_tiles
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.grpo.batch import model_inputs, score
+from r1v_rl.models.parts import PARTS, part_of
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import encode_prompt, placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
+from r1v_rl.rollout.weights import disk_weights
 from r1v_rl.tracking.metrics import read_metrics
 
 VLLM = {"use_vllm": True, "vllm_kv_cache_memory_bytes": 2**27, "vllm_max_model_length": 256, "save_strategy": "no"}
@@ -37,6 +41,25 @@ def differences(trainer) -> list[float]:
 def test_logprobs_are_the_policys_after_every_update(trainer):
     assert len(differences(trainer)) == 20
     assert max(differences(trainer)) <= 1e-4
+
+
+def test_only_what_trains_is_sent_again(trainer, monkeypatch):
+    """Projector and language model, whole."""
+    sent = []
+    reload = trainer.engine._llm.collective_rpc
+    monkeypatch.setattr(
+        trainer.engine._llm,
+        "collective_rpc",
+        lambda name, kwargs: (
+            sent.append(dict(kwargs["weights_iterator"])) or reload(name, kwargs={"weights_iterator": sent[-1].items()})
+        ),
+    )
+    trainer.engine.sync_weights(trainer.model)
+    assert {part_of(name) for name in sent[0]} == {"projector", "language_model"}
+    assert len(sent[0]) == sum(part_of(name) != "vision_encoder" for name in disk_weights(trainer.model))
+    trainer.engine.sync_weights(copy.deepcopy(trainer.model))
+    assert {part_of(name) for name in sent[1]} == set(PARTS), "another policy's tower may be another one"
+    trainer.engine.sync_weights(trainer.model)
 
 
 def test_without_the_cache_resets_they_are_not(trainer, model, tmp_path, monkeypatch):

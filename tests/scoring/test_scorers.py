@@ -5,14 +5,27 @@ import sys
 
 import pytest
 import torch
+from random_vlm import picture
 from scoring.chat_server import chat_server
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from tokenizers import AddedToken
+from transformers import (
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    SiglipVisionConfig,
+)
 
 from r1v_rl.errors import RecipeError, RewardError, UserError
+from r1v_rl.models.compose import IMAGE_TOKENS
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.scoring.reward_model import scores_of
 from r1v_rl.scoring.scorers import Score, ScorerConfig, WorkedAnswer, make_scorer
-from r1v_rl.tiny.tokenizer import build_tokenizer
+from r1v_rl.tiny.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from r1v_rl.types import Example
 
 
@@ -176,3 +189,51 @@ def test_a_model_with_several_outputs_is_no_reward_model(tmp_path, store):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"one output, a scalar; .* has 3"):
         make_scorer(reward_config(tmp_path))(ANSWERS, store)
+
+
+def save_picture_model(folder):
+    """A Gemma 3 classifier with random weights, four visual tokens a picture."""
+    tokenizer = build_tokenizer(CHAT_TEMPLATE.replace(IMAGE_TOKENS["context_image_token"], "<boi>") + "{% endif -%}")
+    marks = {"image_token": "<soft>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks.values()])
+    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=marks)
+    size = {"height": 32, "width": 32}
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size=size), tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4
+    )
+    text = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id, num_labels=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_that_sees_pictures_is_shown_them(tmp_path):
+    """Gemma 3's classifier reads pictures; another picture is another reward, and rows without one are scored too."""
+    folder = save_picture_model(tmp_path / "model")
+    image, text = {"type": "image"}, {"type": "text", "text": "How many?"}
+    answers = []
+    for row_id, pictures in (("red", [picture(1)]), ("blue", [picture(2)]), ("none", []), ("red too", [picture(1)])):
+        messages = [{"role": "user", "content": [*[image for _ in pictures], text]}]
+        answers.append(WorkedAnswer(Example(row_id, messages, tuple(pictures), "3", {}), "3", "<think>3"))
+    with ReplyStore(tmp_path / "replies.jsonl") as store:
+        scores = make_scorer(reward_config(folder))(answers, store)
+        rewards = list(store._values.values())
+    assert [score.value is not None for score in scores] == [True] * 4
+    assert len(rewards) == 3, "the same picture and text is scored once"
+    assert len({round(reward, 5) for reward in rewards}) == 3

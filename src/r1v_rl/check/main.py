@@ -9,6 +9,7 @@ from r1v_rl.chain.main import parse_arguments
 from r1v_rl.chain.recipe import read_chain
 from r1v_rl.chain.runner import Runner
 from r1v_rl.check import stages
+from r1v_rl.check.launch import launch_file
 from r1v_rl.check.report import Place, Report
 from r1v_rl.config import checked_values, read_recipe
 from r1v_rl.errors import RecipeError, UserError
@@ -26,7 +27,8 @@ _HELP = f"""usage: r1v-rl check [COMMAND] --config RECIPE.yaml [--missing_ok] [-
 
 Finds what is wrong with a recipe without loading weights or training: keys, references, data, images, prompt lengths,
 batch arithmetic, rewards. COMMAND is {", ".join(CHECKS)} or run; left out, it is the one that the
-recipe's first line shows (`# r1v-rl grpo --config ...`), or run for a file with `stages`.
+recipe's first line shows (`# r1v-rl grpo --config ...`), or run for a file with `stages`. A file of `accelerate launch`
+is read by accelerate itself.
 
   --missing_ok   the recipe is for another machine: models, data and accelerators that are not here are listed as
                  "not checked here" instead of being faults
@@ -48,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
     command = command or command_of(_config_path(words))
     if command == "run":
         return _check_chain(words, missing_ok)
+    if command == "launch":
+        print(launch_file(_config_path(words)))
+        return 0
     if command not in CHECKS:
         raise RecipeError(f"check knows recipes of {', '.join(CHECKS)} and run, received {command!r}")
     report = Report(Place(missing_ok))
@@ -58,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command_of(recipe: Path) -> str:
-    """The command that a recipe is for: `run` where it has stages, else the one that its first line shows.
+    """The command that a recipe is for: `run` where it has stages, `launch` for a file of `accelerate launch`, else the
+    one that its first line shows.
 
     Raises:
         RecipeError: If it shows none.
@@ -69,6 +75,8 @@ def command_of(recipe: Path) -> str:
         raise RecipeError(f"--config must name a YAML file, received {recipe}, which cannot be read") from None
     if any(line.startswith("stages:") for line in lines):
         return "run"
+    if any(line.startswith("distributed_type:") for line in lines):
+        return "launch"
     for first, second in pairwise(lines[0].split() if lines else []):
         if first in ("r1v-rl", "r1v_rl") and second in CHECKS:
             return second

@@ -16,6 +16,7 @@ from transformers import (
     InternVLModel,
     InternVLProcessor,
     InternVLVideoProcessor,
+    InternVLVisionConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -61,7 +62,7 @@ def compose_vlm(
     tiles = image_processor(
         encoder.config.image_size[0], max_image_tiles=max_image_tiles, **pixel_statistics(encoder.name_or_path)
     )
-    processor = make_processor(tokenizer, encoder, tiles, downsample_ratio)
+    processor = make_processor(tokenizer, encoder.config, tiles, downsample_ratio)
     model = join_parts(encoder, llm, processor, downsample_ratio, seed, dtype)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
@@ -128,10 +129,13 @@ def shuffled_features(vision_encoder: nn.Module, pixel_values: Tensor, downsampl
 
 
 def make_processor(
-    tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, tiles: GotOcr2ImageProcessor, downsample_ratio: float
+    tokenizer: PreTrainedTokenizerBase,
+    vision: InternVLVisionConfig,
+    tiles: GotOcr2ImageProcessor,
+    downsample_ratio: float,
 ) -> InternVLProcessor:
     """The processor of the composed model; `tokenizer` has its image tokens."""
-    (size, _), (patch, _) = encoder.config.image_size, encoder.config.patch_size
+    (size, _), (patch, _) = vision.image_size, vision.patch_size
     side = size // patch * downsample_ratio
     if size % patch or side != int(side):
         raise UserError(

@@ -15,6 +15,9 @@ IMAGE_TOKENS = {
 }
 """What InternVL's processor asks of a tokenizer, and how it is written in one that has none of its own."""
 
+_QWEN_VIDEO = "<|video_pad|>"
+"""Qwen2.5's own mark for videos, which no prompt of ours holds."""
+
 _FLATTEN = """\
 {#- Content blocks become text with a mark where each image goes; the language model's own template follows. -#}
 {%- set flat = namespace(messages=[], text='', after_image=false) -%}
@@ -42,9 +45,12 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: If one of them is missing, is not one token, or is the one that ends or pads a text.
     """
     if not getattr(tokenizer, "context_image_token", None):
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in IMAGE_TOKENS.values()])
+        names, known = dict(IMAGE_TOKENS), tokenizer.get_vocab()
+        if names["video_token"] not in known and _QWEN_VIDEO in known:
+            names["video_token"] = _QWEN_VIDEO  # published InternVL tables have no row to spare
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in names.values()])
         # what `extra_special_tokens` of its constructor would do: the names are saved with the tokenizer
-        tokenizer._set_model_specific_special_tokens(IMAGE_TOKENS)
+        tokenizer._set_model_specific_special_tokens(names)
     ids: dict[int, str] = {}
     for name in IMAGE_TOKENS:
         token, token_id = getattr(tokenizer, name, None), getattr(tokenizer, f"{name}_id", None)

@@ -72,7 +72,7 @@ def transfer_projector(
     vlm = AutoModelForImageTextToText.from_pretrained(projector_from, dtype=dtype)
     tower = vlm.model.vision_tower
     _check_tiles(config, old, projector_from)
-    processor = make_processor(tokenizer, tower, old.image_processor, config.downsample_ratio)
+    processor = make_processor(tokenizer, tower.config, old.image_processor, config.downsample_ratio)
     _check_context(processor, llm)
     cosine = _embedding_cosine(vlm, old.tokenizer, llm, tokenizer)
     rows = llm.get_input_embeddings().weight.shape[0]

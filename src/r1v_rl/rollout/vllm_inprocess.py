@@ -2,6 +2,7 @@
 
 import os
 import random
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from torch import nn
 from r1v_rl.errors import UserError
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
-from r1v_rl.rollout.weights import disk_weights
+from r1v_rl.rollout.weights import disk_weights, trained_weights
 from r1v_rl.runtime import children_prepared
 from r1v_rl.types import Completion
 
@@ -78,9 +79,14 @@ class VllmEngine:
             )
 
         self._tokenizer = self._llm.get_tokenizer()
+        self._policy: weakref.ref | None = None
 
     def sync_weights(self, policy: nn.Module) -> None:
-        weights = disk_weights(policy)
+        """The first time everything, then what trains: a frozen tower, or the language model where the projector alone
+        trains, stays where it is."""
+        known = self._policy is not None and self._policy() is policy
+        weights = trained_weights(policy) if known else disk_weights(policy)
+        self._policy = weakref.ref(policy)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self.reset_caches()
 

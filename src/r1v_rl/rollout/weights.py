@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from r1v_rl.models.parts import part_of
+
+
+def trained_weights(policy: Any) -> dict[str, Tensor]:
+    """Those of `disk_weights` that belong to a part with a trainable parameter: what may have changed since the start.
+
+    Parts are whole, since engines fuse neighbouring weights, and read such a fusion as a whole.
+    """
+    trained = {part_of(name) for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {name: weight for name, weight in disk_weights(policy).items() if part_of(name) in trained}
+
 
 @torch.no_grad()
 def disk_weights(policy: Any) -> dict[str, Tensor]:
