@@ -223,11 +223,11 @@ class Trl(Side):
         return seconds
 
 
-def best_batch_size(folder: str, rows: list[dict[str, Any]], sampling: str) -> int:
+def best_batch_size(folder: str, rows: list[dict[str, Any]], sampling: str, sizes: tuple[int, ...]) -> int:
     """TRL's fastest one on these rows."""
     case = Case("search", len(rows), 1, "recompute")
     seconds = {}
-    for batch_size in BATCH_SIZES:
+    for batch_size in sizes:
         side = Trl(folder, rows, case, batch_size, sampling)
         seconds[batch_size] = side.run()
         speed = side.tokens / seconds[batch_size]
@@ -272,7 +272,7 @@ def measure(case: Case, folder: str, batch_sizes: dict[str, int], rounds: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a third of the rows, three rounds")
+    parser.add_argument("--quick", action="store_true", help="a third of the rows, three rounds, two batch sizes")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--model", help="a VLM folder; by default the shipped tiny parts, put together")
     options = parser.parse_args()
@@ -290,7 +290,8 @@ def main() -> None:
         rows = mixed_rows(cases[0].num_rows)
         lengths = sorted(Packed(folder, rows, cases[0]).lengths)
         print(f"rows of {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}\n")
-        batch_sizes = {sampling: best_batch_size(folder, rows, sampling) for sampling in SAMPLING}
+        sizes = BATCH_SIZES[1:3] if options.quick else BATCH_SIZES
+        batch_sizes = {sampling: best_batch_size(folder, rows, sampling, sizes) for sampling in SAMPLING}
         print(f"\n{'tokens/s':<46}{'packed':>8}{'TRL':>8}{'ratio':>7}  range    padding: packed, TRL")
         results = [
             line for case in cases for line in measure(case, folder, batch_sizes, rounds=3 if options.quick else 7)

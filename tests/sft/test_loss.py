@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_vlm import random_vlm
+from random_vlm import picture, random_vlm
 from sft.tiny_sft import ROWS, make_trainer
 from transformers import AutoModelForImageTextToText
 
@@ -128,16 +128,21 @@ def test_targets_are_the_completions_with_their_end(tmp_path, parts, changes):
     assert all((batch["targets"] != trainer.processing_class.image_token_id).all() for batch in batches)
 
 
-def test_a_picture_that_rows_share_is_read_once(tmp_path, parts):
-    from random_vlm import picture
-
-    picture(3, 64, 32).save(tmp_path / "shared.png")
-    rows = [{**row, "images": [str(tmp_path / "shared.png")], "id": str(i)} for i, row in enumerate(ROWS[:3])]
-    copies = [{**row, "images": [picture(3, 64, 32)]} for row in rows]
+def test_pictures_that_rows_share_are_read_once(tmp_path, parts):
+    """Two files of three tiles and one, in rows that show both, in either order, or one of them."""
+    files = {"wide": picture(3, 64, 32), "square": picture(4)}
+    for name, image in files.items():
+        image.save(tmp_path / f"{name}.png")
+    shown = [["wide", "square"], ["square", "wide"], ["square"]]
+    rows = [{**row, "id": str(i)} for i, row in enumerate(ROWS[: len(shown)])]
+    by_path = [
+        row | {"images": [str(tmp_path / f"{n}.png") for n in names]} for row, names in zip(rows, shown, strict=True)
+    ]
+    copies = [row | {"images": [files[n] for n in names]} for row, names in zip(rows, shown, strict=True)]
     changes = {"packing": False, "padding_free": True, "per_device_train_batch_size": 3}
-    shared, (batch,) = batches_of(parts, tmp_path, rows=rows, **changes)
+    shared, (batch,) = batches_of(parts, tmp_path, rows=by_path, **changes)
     separate, (other,) = batches_of(random_vlm(), tmp_path, rows=copies, **changes)
-    assert 3 * len(batch["pixel_values"]) == len(other["pixel_values"])
+    assert (len(batch["pixel_values"]), len(other["pixel_values"])) == (4, 9)
     close(loss_and_gradients(shared, [batch]), loss_and_gradients(separate, [other]))
 
 
