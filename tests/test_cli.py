@@ -57,7 +57,7 @@ def place(tmp_path, vlm):
         "max_completion_length": 32,
         "reward_funcs": ["accuracy", "format"],
     }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.yaml").write_text("# r1v-rl grpo --config recipe.yaml\n" + json.dumps(recipe))
     return tmp_path
 
 
@@ -107,7 +107,7 @@ def test_version():
     ("arguments", "message"),
     [
         ([], "usage: r1v-rl COMMAND"),
-        (["chek"], "r1v-rl chek: error: there is no such command; there are align, .* Did you mean `check`?"),
+        (["chek"], "r1v-rl chek: error: there is no such command; there are .* Did you mean `check`?"),
         (["check", "--config", "no.yaml"], "r1v-rl check: error: --config must name a YAML file, received no.yaml"),
     ],
 )

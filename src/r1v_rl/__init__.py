@@ -10,7 +10,10 @@ _prepare()
 _EXPORTS = {
     "GRPOConfig": "r1v_rl.grpo.config",
     "GRPOTrainer": "r1v_rl.grpo.trainer",
+    "SFTConfig": "r1v_rl.sft.config",
+    "SFTTrainer": "r1v_rl.sft.trainer",
     "compose_vlm": "r1v_rl.models.compose",
+    "transfer_projector": "r1v_rl.models.transfer",
 }
 __all__ = list(_EXPORTS)
 

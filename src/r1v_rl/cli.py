@@ -23,10 +23,21 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "align": Command("r1v_rl.sft.main:main", "train the projector between a vision encoder and a language model"),
+    "compose": Command("r1v_rl.assembly:compose_main", "join a vision encoder and a language model by a new projector"),
+    "align": Command("r1v_rl.sft.main:align", "train the projector between a vision encoder and a language model"),
+    "transfer": Command(
+        "r1v_rl.assembly:transfer_main", "move a trained projector to another language model of the same hidden size"
+    ),
+    "sft": Command("r1v_rl.sft.main:main", "fine-tune a vision-language model on target texts, any parts of it"),
+    "iterate": Command(
+        "r1v_rl.sft.iterate.main:main", "iterative fine-tuning: answer, judge, score, select and train, round by round"
+    ),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
+    "run": Command("r1v_rl.chain.main:main", "run a chain of stages from its file, or go on where it stopped"),
+    "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on held-out rows"),
+    "convert": Command("r1v_rl.assembly:convert_main", "between internvl_chat (Skywork R1V) and transformers' layout"),
     "check": Command(
-        "r1v_rl.check:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
+        "r1v_rl.check.main:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),
     "report": Command("r1v_rl.tracking.report:main", "one HTML page for a run's folder"),
 }

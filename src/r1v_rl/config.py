@@ -58,6 +58,12 @@ class DataConfig:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message put before rows that have none of their own."}
     )
+    instruction: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text put after the question of every row, such as how to reason and where to put the answer."
+        },
+    )
     images_without_marks: str = field(
         default="refuse",
         metadata={
@@ -81,6 +87,20 @@ class DataConfig:
             raise RecipeError(f"images_without_marks must be refuse or prepend, received {self.images_without_marks!r}")
 
 
+@dataclass
+class HeldoutConfig:
+    """Which rows a model is measured on; the other keys of `DataConfig` hold for them too."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out rows, measured greedily and never trained on."}
+    )
+    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
+    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
+    eval_dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of `scenes`, such as {num_images: 1}."}
+    )
+
+
 def parse_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: str = "r1v-rl") -> tuple[Any, ...]:
     """One instance of each class, from `--config FILE.yaml --key value ...`; the command line overrides the file.
 
@@ -93,13 +113,14 @@ def parse_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: s
 def read_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: str = "r1v-rl") -> dict[str, Any]:
     """The keys that file and command line set, checked and converted: what a run writes to its `config.yaml`."""
     file_name, arguments = _split_off_config(list(argv), prog)
+    values = checked_values(config_classes, read_yaml(Path(file_name)) if file_name is not None else {})
+    return values | checked_values(config_classes, _parse_arguments(config_classes, arguments, prog))
+
+
+def checked_values(config_classes: Sequence[type], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe keys and values as the classes' fields want them; refuses unknown keys and values of another type."""
     types = _annotations(config_classes)
-    values = read_yaml(Path(file_name)) if file_name is not None else {}
-    values = {key: _checked(key, value, types) for key, value in values.items()}
-    values |= {
-        key: _checked(key, value, types) for key, value in _parse_arguments(config_classes, arguments, prog).items()
-    }
-    return values
+    return {key: _checked(key, value, types) for key, value in values.items()}
 
 
 def build_configs(config_classes: Sequence[type], values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -155,7 +176,11 @@ def _parse_arguments(config_classes: Sequence[type], arguments: list[str], prog:
             raise RecipeError(re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message))
 
     parser = Parser(
-        list(config_classes), prog=prog, allow_abbrev=False, usage="%(prog)s --config FILE.yaml [--key value ...]"
+        list(config_classes),
+        prog=prog,
+        allow_abbrev=False,
+        usage="%(prog)s --config FILE.yaml [--key value ...]",
+        conflict_handler="resolve",  # TRL's own config may have a key of `DataConfig`
     )
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _points_passed: dict[str, int] = {}
@@ -53,6 +55,22 @@ def replace_file(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file of any size to; at the end of the block it becomes `path`, whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        fault_point("file_write")
+        fsync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+    fault_point("file_write")
 
 
 def _write_all(file, data: memoryview) -> None:

@@ -65,6 +65,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def scalar(text: str) -> Any:
+    """A command line's word as a recipe file would read it: a number, true, null, a list, or the text itself."""
+    try:
+        value = _RecipeLoader(text).get_single_data()
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, NoneType | bool | int | float | list | dict) and text.strip() else text
+
+
 def convert(value: Any, annotation: Any) -> Any:
     """The value as `annotation`, or `ValueError`; a union takes the first member that the value already is, then the
     first that it can be turned into, text last."""

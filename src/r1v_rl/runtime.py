@@ -1,13 +1,19 @@
 """Process settings that must be in force before torch and torchvision are first imported."""
 
+import ctypes
 import importlib.abc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+DIE_WITH_PARENT = "R1V_DIE_WITH_PARENT"
+"""Environment variable: the pid of the process that this one must not outlive, through any launcher."""
+
+_PR_SET_PDEATHSIG = 1
 _TRIGGERS = ("torch", "torchvision", "transformers", "vllm")
 _OP_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -76,6 +82,21 @@ def prepare() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def die_with_parent(starter: int) -> None:
+    """SIGKILL for this process as soon as its parent has ended, whatever ended it (Linux; elsewhere nothing).
+
+    Args:
+        starter: Pid of the process that must still be there: the parent, or the one that started its launcher.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.kill(starter, 0)
+    except ProcessLookupError:  # it ended before this process was bound to it
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

@@ -83,6 +83,20 @@ def test_the_system_prompt_goes_first_and_gives_way_to_the_rows_own():
     assert second.messages == [{"role": "system", "content": [TEXT("Be brief.")]}, *user(TEXT("?"))]
 
 
+def test_the_instruction_follows_the_last_question():
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    (example,) = examples_from_rows(
+        [{"prompt": [*turns, {"role": "user", "content": "2 + 2? "}], "answer": "4"}], instruction="Think."
+    )
+    assert [message["content"] for message in example.messages] == [
+        [TEXT("1 + 1?")],
+        [TEXT("2")],
+        [TEXT("2 + 2? Think.")],
+    ]
+    (shown,) = examples_from_rows([{"prompt": "<image>", "images": [RED], "answer": "1"}], instruction="Think.")
+    assert shown.messages[0]["content"] == [IMAGE, TEXT("Think.")]
+
+
 def test_a_conversation_without_answer_column_ends_with_the_answer():
     turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
     assert one({"conversations": turns}).answer == "4"
@@ -390,7 +404,8 @@ def test_a_recipes_keys_reach_the_loader(folder):
         dataset_prompt_column="task",
         images_without_marks="prepend",
         system_prompt="Think.",
+        instruction="Count.",
     )
     (example,) = load_configured_examples(config)
     assert [message["role"] for message in example.messages] == ["system", "user"]
-    assert example.messages[1]["content"] == [IMAGE, TEXT("?")]
+    assert example.messages[1]["content"] == [IMAGE, TEXT("? Count.")]

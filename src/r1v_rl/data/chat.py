@@ -21,6 +21,8 @@ def load_processor(model_name_or_path: str | None, max_image_tiles: int | None =
     """
     from transformers import AutoProcessor  # seconds; `DataConfig` and the loaders do without
 
+    import r1v_rl.data.transposed_tiles  # noqa: F401  (makes its image processor known by name)
+
     if not model_name_or_path:
         raise RecipeError("the recipe must set `model_name_or_path`: a model folder or a hub id")
     try:

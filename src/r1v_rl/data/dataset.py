@@ -1,10 +1,11 @@
 """A dataset -> a sequence of examples, every row of it checked before anything trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from r1v_rl.config import DataConfig
+from r1v_rl.config import DataConfig, HeldoutConfig
 from r1v_rl.data.images import check_image
 from r1v_rl.data.rows import RowReader
 from r1v_rl.data.sources import ArrowRows, open_source, shown_faults
@@ -40,6 +41,7 @@ def load_examples(
     system_prompt: str | None = None,
     images_without_marks: str = "refuse",
     answer_required: bool = True,
+    instruction: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
@@ -64,7 +66,7 @@ def load_examples(
     root = Path(dataset_root) if dataset_root else source.root
     if root is not None and not root.is_dir():
         raise DataError(f"`dataset_root` must be a folder, received {root}")
-    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required)
+    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required, instruction)
     num_rows = len(source.rows) if num_rows is None else min(num_rows, len(source.rows))
     if num_rows == 0:
         raise DataError(f"dataset {dataset_name} has no rows")
@@ -96,9 +98,25 @@ def load_configured_examples(
         system_prompt=config.system_prompt,
         images_without_marks=config.images_without_marks,
         answer_required=answer_required,
+        instruction=config.instruction,
         limit=limit,
         seed=seed,
     )
+
+
+def heldout_examples(
+    heldout: HeldoutConfig, data: DataConfig, seed: int, *, answer_required: bool = True
+) -> Sequence[Example]:
+    """The held-out rows, read as the training rows are; none where the recipe names none."""
+    if heldout.eval_dataset_name is None:
+        return []
+    rows = replace(
+        data,
+        dataset_name=heldout.eval_dataset_name,
+        dataset_size=heldout.eval_dataset_size,
+        dataset_kwargs=heldout.eval_dataset_kwargs,
+    )
+    return load_configured_examples(rows, split=heldout.eval_dataset_split, answer_required=answer_required, seed=seed)
 
 
 def examples_from_rows(
@@ -109,6 +127,7 @@ def examples_from_rows(
     prompt_column: str | None = None,
     images_without_marks: str = "refuse",
     answer_required: bool = True,
+    instruction: str | None = None,
 ) -> list[Example]:
     """Rows that are in memory already, read and checked as those of a file are.
 
@@ -116,7 +135,7 @@ def examples_from_rows(
         image_root: Where relative image paths start, and what they must stay in.
     """
     root = Path(image_root) if image_root is not None else None
-    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required)
+    reader = RowReader(root, system_prompt, prompt_column, images_without_marks, answer_required, instruction)
     return check_examples(rows, reader, keep=True)
 
 

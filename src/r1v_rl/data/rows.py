@@ -31,6 +31,8 @@ class RowReader:
     prompt_column: str | None = None
     images_without_marks: str = "refuse"
     answer_required: bool = True
+    instruction: str | None = None
+    """Put after the last question, one space away."""
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """The row as an example; images stay as they are stored.
@@ -58,6 +60,8 @@ class RowReader:
         reply = _drop_reply(messages)
         if self.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
+        if self.instruction:
+            _add_instruction(messages, self.instruction)
         images = tuple(resolve_image(source, self.image_root) for source in _as_list(_first(row, IMAGE_COLUMNS)))
         images = images or tuple(resolve_image(source, self.image_root) for source in embedded)
         self._match_marks(messages, images)
@@ -65,7 +69,9 @@ class RowReader:
         if answer is None and self.answer_required:
             raise DataError(f"the answer is empty; fill one of the columns {', '.join(ANSWER_COLUMNS)} or drop the row")
         columns = {key: value for key, value in row.items() if key not in (*IMAGE_COLUMNS, "prompt", "completion")}
-        return Example(row_id, messages, images, answer, columns | {"id": row_id, "answer": answer})
+        target = _read_target(row.get("completion"), reply)
+        columns |= {"id": row_id, "answer": answer} | ({} if target is None else {"completion": target})
+        return Example(row_id, messages, images, answer, columns)
 
     def _match_marks(self, messages: list[dict[str, Any]], images: tuple[ImageSource, ...]) -> None:
         num_marks = sum(block["type"] == "image" for message in messages for block in message["content"])
@@ -84,6 +90,14 @@ class RowReader:
             f"{num_marks} `{IMAGE_MARK}` mark(s) in the prompt and {len(images)} image(s); write one mark where each "
             f"image goes{hint}"
         )
+
+
+def _add_instruction(messages: list[dict[str, Any]], instruction: str) -> None:
+    content = messages[-1]["content"]
+    if content and content[-1]["type"] == "text":
+        content[-1] = {"type": "text", "text": f"{content[-1]['text'].rstrip()} {instruction}"}
+    else:
+        content.append({"type": "text", "text": instruction})
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -156,6 +170,22 @@ def _drop_reply(messages: list[dict[str, Any]]) -> str | None:
     if not any(block["type"] == "image" or block["text"].strip() for block in messages[-1]["content"]):
         raise DataError("the prompt is empty; write a problem or drop the row")
     return reply
+
+
+def _read_target(completion: Any, reply: str | None) -> str | None:
+    """What the assistant is to write: the column `completion` (text or messages), else the conversation's last turn."""
+    if isinstance(completion, list | tuple) and completion and isinstance(completion[-1], Mapping):
+        if len(completion) > 1:
+            raise DataError(f"`completion` holds {len(completion)} messages; it must be one of the assistant, or text")
+        content = completion[-1].get("content")
+        completion = (
+            content if isinstance(content, str) else "".join(block.get("text") or "" for block in content or [])
+        )
+    if completion is None:
+        return reply
+    if not isinstance(completion, str):
+        raise DataError(f"`completion` must be text or one message, received {type(completion).__name__}")
+    return completion
 
 
 def _read_answer(value: Any, reply: str | None) -> str | None:

@@ -93,13 +93,18 @@ def scenes_rows(
         kinds: Any of `count sum difference compare frequent`; None is all of them.
         num_images: 1, 2, or 0 for written scenes; None is a mix of the three.
     """
+    check_rows(split, kinds, num_images)
+    return [item_row(scene_item(split, seed, i, kinds=kinds, num_images=num_images)) for i in range(n)]
+
+
+def check_rows(split: str, kinds: Sequence[str] | None, num_images: int | None) -> None:
+    """Refuse a split, a kind or a number of images that `scenes` does not have."""
     if split not in SPLITS:
         raise DataError(f"scenes has the splits {SPLITS}; received {split!r} (key: dataset split)")
     if unknown := set(kinds or ()) - set(KINDS):
         raise DataError(f"scenes has the question kinds {KINDS}; received {sorted(unknown)} (key: kinds)")
     if num_images not in (None, 0, 1, 2):
         raise DataError(f"a row of scenes has 0, 1 or 2 images; received {num_images} (key: num_images)")
-    return [item_row(scene_item(split, seed, i, kinds=kinds, num_images=num_images)) for i in range(n)]
 
 
 def chance_accuracy(rows: Iterable[Mapping[str, Any]]) -> float:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1v_rl.data.scenes import scenes_rows
+from r1v_rl.data.scene_lessons import scene_examples
 from r1v_rl.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
-OWN_DATASETS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {"scenes": scenes_rows}
+OWN_DATASETS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {"scenes": scene_examples}
 """Name -> maker of rows, called as `maker(split, n, seed, **dataset_kwargs)`."""
 DEFAULT_NUM_ROWS = 4096
 

@@ -1,45 +1,20 @@
 """Accuracy on held-out rows, with its interval, and with the pictures blanked."""
 
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from r1v_rl.data.images import load_image
+from r1v_rl.evaluate.interval import Accuracy, wilson
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.scoring import Verdict, judge_answers
+from r1v_rl.scoring.format import prompt_opens_think, with_prompt_think
 from r1v_rl.types import Completion, Example
 
-_Z95 = 1.959964
 _BLANK = (128, 128, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """A share of right answers and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
-def wilson(right: int, total: int) -> Accuracy:
-    """Share and Wilson score interval (95 %) of `right` out of `total`; it never leaves [0, 1].
-
-    Raises:
-        ValueError: If `total` is 0.
-    """
-    if total < 1:
-        raise ValueError("an accuracy needs at least one row")
-    share, z2 = right / total, _Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return Accuracy(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +31,50 @@ def answer_greedily(
 ) -> list[Answered]:
     """The most likely completion of each prompt, judged against its gold answer."""
     sampling = Sampling(num_generations=1, max_tokens=max_tokens, temperature=0.0)
-    completions = [group[0] for group in engine.generate(prompts, sampling, seed=0)]
-    golds = [prompt.example.answer for prompt in prompts]
-    kinds = [prompt.example.columns.get("answer_kind") or answer_kind for prompt in prompts]
-    verdicts = judge_answers([c.text for c in completions], golds, kinds, timeout_s=timeout_s)
+    return answer_prompts(engine, prompts, sampling, answer_kind=answer_kind, timeout_s=timeout_s)
+
+
+def answer_prompts(
+    engine: RolloutEngine,
+    prompts: list[EncodedPrompt],
+    sampling: Sampling,
+    *,
+    answer_kind: str,
+    timeout_s: float,
+    seed: int = 0,
+) -> list[Answered]:
+    """The sampled completions of each prompt, those of one prompt side by side, judged against its gold answer."""
+    groups = engine.generate(prompts, sampling, seed=seed)
+    rows = [(prompt, completion) for prompt, group in zip(prompts, groups, strict=True) for completion in group]
+    columns = [prompt.example.columns for prompt, _ in rows]
+    verdicts = judge_answers(
+        [with_prompt_think(completion.text, prompt_opens_think(prompt.text)) for prompt, completion in rows],
+        [prompt.example.answer for prompt, _ in rows],
+        [column.get("answer_kind") or answer_kind for column in columns],
+        [column.get("choices") for column in columns],
+        timeout_s=timeout_s,
+    )
     return [
         Answered(prompt.example, completion, verdict)
-        for prompt, completion, verdict in zip(prompts, completions, verdicts, strict=True)
+        for (prompt, completion), verdict in zip(rows, verdicts, strict=True)
     ]
 
 
 def accuracy(answered: Sequence[Answered]) -> Accuracy:
-    """Share of right answers; one that could not be judged is not right."""
-    return wilson(sum(row.verdict.correct is True for row in answered), len(answered))
+    """Share of right answers, each row counting alike; one that could not be judged is not right.
+
+    Several answers to one row are not independent: the interval is Wilson's for as many independent answers as have
+    the variance that the rows' own shares show (one answer a row: the plain interval).
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row in answered:
+        right[row.example.id].append(row.verdict.correct is True)
+    shares = [sum(values) / len(values) for values in right.values()]
+    total, mean = float(len(shares)), sum(shares) / max(1, len(shares))
+    spread = sum((share - mean) ** 2 for share in shares)
+    if spread and len(answered) > total:
+        total = min(float(len(answered)), max(total, mean * (1 - mean) * total**2 / spread))
+    return wilson(mean * total, total)
 
 
 def blanked(example: Example) -> Example:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 
 import trl
 
+from r1v_rl.config import HeldoutConfig
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.parts import PARTS
 from r1v_rl.scoring.rules import RewardSettings
@@ -173,18 +174,10 @@ class GRPOConfig(trl.GRPOConfig):
 
 
 @dataclass
-class RunConfig:
+class RunConfig(HeldoutConfig):
     """What a GRPO run is made of beside the trainer's own keys."""
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={"help": "Rewards: accuracy, format, module.function, or path/file.py:function."},
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows, measured greedily before and after training."}
-    )
-    eval_dataset_split: str = field(default="heldout", metadata={"help": "Their split."})
-    eval_dataset_size: int | None = field(default=None, metadata={"help": "Rows to take of them; unset = all."})
-    eval_dataset_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of `scenes`, such as {num_images: 1}."}
     )

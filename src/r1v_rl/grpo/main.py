@@ -1,29 +1,26 @@
 """`r1v-rl grpo`: from a recipe to a trained model, with what it learned measured before and after."""
 
 import json
-import os
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
-from r1v_rl.checkpoints import checkpoint_folders
 from r1v_rl.config import DataConfig, build_configs, dump_recipe, read_recipe
 from r1v_rl.data.chat import load_processor
-from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.data.scenes import chance_accuracy
-from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.accuracy import Accuracy
 from r1v_rl.grpo.config import GRPOConfig, RunConfig
-from r1v_rl.grpo.preflight import context_of, heldout_examples, longest_prompt, try_rewards
+from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.tracking.manifest import write_run_manifest
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
+from r1v_rl.training.launch import check_output_dir, check_processes, exit_code, resume_value, take_model_keys
 
 SUMMARY = "summary.json"
 CONFIGS = (RunConfig, GRPOConfig, DataConfig, ModelConfig)
@@ -34,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     values = read_recipe(CONFIGS, argv, prog="r1v-rl grpo")
     run, args, data, model = build_configs(CONFIGS, values)
-    resume = _resume_value(args)
-    _check_output_dir(args, resume)
+    resume = resume_value(args)
+    check_output_dir(args, resume)
     trainer = build_trainer(run, args, data, model)
     if trainer.accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -43,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     before = _accuracy_before(trainer, resume)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped_by is not None:
-        return 128 + trainer.stopped_by if trainer.stopped_by != signal.SIGINT else 130
+        return exit_code(trainer.stopped_by)
     trainer.save_model(args.output_dir)
     summary = _measure(trainer, before, started)
     _finish(trainer, values, model, summary)
@@ -54,12 +51,7 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
     """A trainer whose data, prompts and rewards are checked: what is wrong with a recipe is said before it trains."""
     if data.dataset_name is None:
         raise RecipeError("`dataset_name` must name the training rows: `scenes`, a file, a folder or a hub id")
-    if model.dtype not in (None, "auto"):
-        args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}
-    if model.attn_implementation:
-        args.model_init_kwargs = {"attn_implementation": model.attn_implementation, **(args.model_init_kwargs or {})}
-    if get_quantization_config(model) is not None:
-        raise RecipeError("quantised models (`load_in_8bit`, `load_in_4bit`) are not supported by the GRPO trainer")
+    take_model_keys(args, model)
     processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     train = load_configured_examples(data, seed=args.seed)
     heldout = heldout_examples(run, data, args.seed)
@@ -77,37 +69,6 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
     check_processes(trainer)
     try_rewards(trainer.reward_stage, train, processor, args)
     return trainer
-
-
-def check_processes(trainer: GRPOTrainer) -> None:
-    """A launch that looks right may run one process, or several that do not know of each other: refuse it.
-
-    Raises:
-        UserError: If the launcher, accelerate and torch disagree on the number of processes.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerated = trainer.accelerator.num_processes
-    joined = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if not launched == accelerated == joined:
-        raise UserError(
-            f"the launcher started {launched} process(es), accelerate sees {accelerated}, torch.distributed {joined}: "
-            f"on CPUs launch with `--multi_gpu` and ACCELERATE_USE_CPU=true, or with torchrun and `use_cpu: true`"
-        )
-
-
-def _resume_value(args: GRPOConfig) -> str | bool | None:
-    value = args.resume_from_checkpoint
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return value
-
-
-def _check_output_dir(args: GRPOConfig, resume: str | bool | None) -> None:
-    if not resume and (found := checkpoint_folders(args.output_dir)):
-        raise UserError(
-            f"{args.output_dir} holds checkpoints of an earlier run ({found[-1].name}): continue it with "
-            f"`resume_from_checkpoint: true`, name another `output_dir`, or delete the folder"
-        )
 
 
 def _accuracy_before(trainer: GRPOTrainer, resume: str | bool | None) -> Accuracy | None:

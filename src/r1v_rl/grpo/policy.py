@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
-from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import add_logprob_head
 from r1v_rl.models.packing import enable_packing, why_not_packed
@@ -25,29 +25,17 @@ from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.prompts import placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
+from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.types import Example
 
 logger = logging.get_logger(__name__)
-
-SUPPORTED_MODEL_TYPES = ("internvl",)
-DEFAULT_TRAINABLE = ("projector", "language_model")
-
-
-def load_policy(path: str, args: GRPOConfig) -> PreTrainedModel:
-    """The model in a folder (or of a hub id), in float32 unless `model_init_kwargs` names a dtype."""
-    model_type = AutoConfig.from_pretrained(path).model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"`{path}` is a `{model_type}` model; the GRPO trainer knows {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(args.model_init_kwargs or {})})
 
 
 def prepare_models(
     model: str | PreTrainedModel, processor: Any, args: GRPOConfig, peft_config: Any
 ) -> tuple[Any, Any, Any]:
     """Policy, reference (None without `beta`, and where the policy without its adapter is the reference), processor."""
-    policy = load_policy(model, args) if isinstance(model, str) else model
+    policy = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
     processor = processor or AutoProcessor.from_pretrained(policy.name_or_path)
     if peft_config is not None and args.trainable is not None:
         raise RecipeError(

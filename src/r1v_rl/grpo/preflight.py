@@ -1,34 +1,18 @@
 """What can be known of a run before it trains; `grpo` refuses a recipe with it, `check` reports it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, TrainerState
 
-from r1v_rl.config import DataConfig
 from r1v_rl.data.chat import check_prompt_lengths, prompt_text
-from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.errors import RewardError
-from r1v_rl.grpo.config import GRPOConfig, RunConfig
+from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.rewards import RewardStage, reward_arguments
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.types import Completion, Example, RolloutGroup
 
 NUM_REWARD_ROWS = 64
-
-
-def heldout_examples(run: RunConfig, data: DataConfig, seed: int) -> Sequence[Example]:
-    """The held-out rows, read as the training rows are; none where the recipe names none."""
-    if run.eval_dataset_name is None:
-        return []
-    heldout = replace(
-        data,
-        dataset_name=run.eval_dataset_name,
-        dataset_size=run.eval_dataset_size,
-        dataset_kwargs=run.eval_dataset_kwargs,
-    )
-    return load_configured_examples(heldout, split=run.eval_dataset_split, seed=seed)
 
 
 def context_of(model_name_or_path: str, args: GRPOConfig) -> int:

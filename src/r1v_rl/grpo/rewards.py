@@ -91,7 +91,7 @@ class RewardStage:
 def reward_arguments(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
     """Keyword arguments of a reward function in TRL's signature: one list of P * G values for each name."""
     pairs = [(group.example, completion) for group in groups for completion in group.completions]
-    names = dict.fromkeys(name for example, _ in pairs for name in example.columns)
+    names = dict.fromkeys(name for example, _ in pairs for name in example.columns if name != "completion")
     columns = {name: [example.columns.get(name) for example, _ in pairs] for name in names}
     return {
         **columns,

@@ -17,14 +17,12 @@ from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, loss_mask, model_inputs, padded, score
-from r1v_rl.grpo.callbacks import StopOnSignal
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.loss import LossInputs, LossStats, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
-from r1v_rl.grpo.optimizer import parameter_groups
 from r1v_rl.grpo.policy import frozen_vision, make_engine, prepare_models, reference_policy, shares_prefix
 from r1v_rl.grpo.records import completion_records, show_completions
-from r1v_rl.grpo.resume import ExactResume
+from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
 from r1v_rl.grpo.update import rows_to_run, spread, within_budget, zero_with_gradient
@@ -32,13 +30,15 @@ from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
+from r1v_rl.training.optimizer import parameter_groups
+from r1v_rl.training.signals import StopOnSignal
 from r1v_rl.types import Example, RolloutGroup
 
 _HELDOUT_CHUNK = 256
 """Held-out rows whose pictures are in memory at once."""
 
 
-class GRPOTrainer(ExactResume):
+class GRPOTrainer(GRPOResume):
     """Multimodal GRPO on `transformers.Trainer`, with TRL's constructor and TRL's metric names.
 
     Args:
@@ -233,11 +233,6 @@ class GRPOTrainer(ExactResume):
                 [*self.train_examples, *(self.eval_examples or [])],
             )
         return self._engine
-
-    @property
-    def stopped_by(self) -> int | None:
-        """The signal that ended the run before its time, or None."""
-        return self._stop.received
 
     def _sync_engine(self) -> None:
         if self._engine_version != self.state.global_step:

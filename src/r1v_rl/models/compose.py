@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -15,20 +16,19 @@ from transformers import (
     InternVLModel,
     InternVLProcessor,
     InternVLVideoProcessor,
-    InternVLVisionModel,
+    InternVLVisionConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from r1v_rl.errors import UserError
+from r1v_rl.models.encoders import load_vision_encoder, pixel_statistics
+from r1v_rl.models.image_tokens import add_image_tokens, check_round_trip, image_chat_template
 
-IMAGE_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-"""What InternVL's processor asks of a tokenizer, and how it is written in one that has none of its own."""
+LANGUAGE_MODELS = ("qwen2", "qwen3", "llama")
+"""Families whose text logits were found to be the same inside the composed model, in transformers and vLLM.
+
+Others scale or cap their logits outside the layers that are taken over."""
 
 
 def compose_vlm(
@@ -38,7 +38,9 @@ def compose_vlm(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_image_tiles: int = 1,
+    image_size: int | None = None,
     downsample_ratio: float = 0.5,
+    dtype: str = "float32",
     seed: int = 0,
 ) -> InternVLForConditionalGeneration:
     """The composed model, also written to `output_dir` as a folder that transformers and vLLM load.
@@ -47,42 +49,73 @@ def compose_vlm(
     and drawn from `seed`. A tokenizer without image tokens gets them; text without images gives the same logits.
 
     Args:
-        vision_encoder: An `InternVLVisionModel` or its folder.
-        language_model: A causal language model or its folder.
+        vision_encoder: What `encoders.load_vision_encoder` takes: InternViT, the tower of an InternVL, DINOv2.
+        language_model: A causal language model of `LANGUAGE_MODELS`, or its folder.
         tokenizer: By default the one in the language model's folder; it must have a chat template.
         max_image_tiles: Tiles that the processor may cut an image into, beside a thumbnail; 1 never cuts.
+        image_size: Side of a tile in pixels; by default the encoder's own, 224 for DINOv2.
     """
-    encoder = (
-        vision_encoder
-        if isinstance(vision_encoder, PreTrainedModel)
-        else InternVLVisionModel.from_pretrained(vision_encoder)
+    encoder = load_vision_encoder(vision_encoder, image_size)
+    llm = load_language_model(language_model, dtype)
+    tokenizer = tokenizer or load_tokenizer(llm.name_or_path)
+    add_image_tokens(tokenizer)
+    tiles = image_processor(
+        encoder.config.image_size[0], max_image_tiles=max_image_tiles, **pixel_statistics(encoder.name_or_path)
     )
-    llm = (
-        language_model
-        if isinstance(language_model, PreTrainedModel)
-        else AutoModelForCausalLM.from_pretrained(language_model, dtype="float32")
-    )
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(llm.name_or_path)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the language model's tokenizer must have a chat template; `{llm.name_or_path}` has none "
-            f"(put a chat_template.jinja into its folder)"
-        )
-    _add_image_tokens(tokenizer, llm)
-    processor = _processor(tokenizer, encoder, max_image_tiles, downsample_ratio)
-    model = _join(encoder, llm, processor, downsample_ratio, seed)
+    processor = make_processor(tokenizer, encoder.config, tiles, downsample_ratio)
+    model = join_parts(encoder, llm, processor, downsample_ratio, seed, dtype)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     return model
 
 
-def image_processor(image_size: int, *, max_image_tiles: int = 1) -> GotOcr2ImageProcessor:
+def load_language_model(language_model: str | Path | PreTrainedModel, dtype: str = "float32") -> PreTrainedModel:
+    """A causal language model that the composed model can hold.
+
+    Raises:
+        UserError: If it cannot be read or is of another family than `LANGUAGE_MODELS`.
+    """
+    language_model_type(language_model)
+    if isinstance(language_model, PreTrainedModel):
+        return language_model
+    return AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+
+
+def language_model_type(language_model: str | Path | PreTrainedModel) -> str:
+    """The model type of a language model that the composed model can hold; refuses others."""
+    if isinstance(language_model, PreTrainedModel):
+        kind = language_model.config.model_type
+    else:
+        try:
+            kind = AutoConfig.from_pretrained(language_model).model_type
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"`language_model` must be a model folder or hub id; {language_model} cannot be read: {error}"
+            ) from error
+    if kind not in LANGUAGE_MODELS:
+        raise UserError(
+            f"`language_model` must be one of {', '.join(LANGUAGE_MODELS)}, whose text logits stay the same inside "
+            f"InternVL; received a `{kind}`"
+        )
+    return kind
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in the language model's folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the language model's folder must hold its tokenizer; {folder}: {error}") from error
+
+
+def image_processor(image_size: int, *, max_image_tiles: int = 1, **pixel_statistics: Any) -> GotOcr2ImageProcessor:
     """InternVL's image processor: one tile of image_size, or up to max_image_tiles and a thumbnail."""
     return GotOcr2ImageProcessor(
         size={"height": image_size, "width": image_size},
         crop_to_patches=max_image_tiles > 1,
         min_patches=1,
         max_patches=max_image_tiles,
+        **pixel_statistics,
     )
 
 
@@ -95,59 +128,59 @@ def shuffled_features(vision_encoder: nn.Module, pixel_values: Tensor, downsampl
     return InternVLModel.pixel_shuffle(None, grid, scale_factor=downsample_ratio).flatten(1, 2)
 
 
-def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> None:
-    """Where the tokenizer has no image tokens: adds them, and rows for them where the embedding has none left."""
-    if getattr(tokenizer, "context_image_token", None):
-        return
-    tokenizer.add_special_tokens({"extra_special_tokens": IMAGE_TOKENS}, replace_extra_special_tokens=False)
-    for name, token in IMAGE_TOKENS.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
-        llm.resize_token_embeddings(len(tokenizer))
-
-
-def _processor(
-    tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, max_image_tiles: int, downsample_ratio: float
+def make_processor(
+    tokenizer: PreTrainedTokenizerBase,
+    vision: InternVLVisionConfig,
+    tiles: GotOcr2ImageProcessor,
+    downsample_ratio: float,
 ) -> InternVLProcessor:
-    (size, _), (patch, _) = encoder.config.image_size, encoder.config.patch_size
+    """The processor of the composed model; `tokenizer` has its image tokens."""
+    (size, _), (patch, _) = vision.image_size, vision.patch_size
     side = size // patch * downsample_ratio
     if size % patch or side != int(side):
         raise UserError(
             f"the encoder's patches a side ({size} px / {patch} px) must be whole, and a multiple of "
             f"{1 / downsample_ratio:g} for `downsample_ratio` {downsample_ratio}"
         )
-    return InternVLProcessor(
-        image_processor=image_processor(size, max_image_tiles=max_image_tiles),
+    pixels = {"image_mean": tiles.image_mean, "image_std": tiles.image_std}
+    processor = InternVLProcessor(
+        image_processor=tiles,
         tokenizer=tokenizer,
-        video_processor=InternVLVideoProcessor(size={"height": size, "width": size}),
+        video_processor=InternVLVideoProcessor(size={"height": size, "width": size}, **pixels),
         image_seq_length=int(side) ** 2,
-        chat_template=tokenizer.chat_template,
+        chat_template=image_chat_template(tokenizer),
     )
+    check_round_trip(processor)
+    return processor
 
 
-def _join(
+def join_parts(
     encoder: PreTrainedModel,
     llm: PreTrainedModel,
     processor: InternVLProcessor,
     downsample_ratio: float,
     seed: int,
+    dtype: str = "float32",
 ) -> InternVLForConditionalGeneration:
+    """The parts in one model, with copies of their weights and a projector drawn from `seed`."""
+    _make_room(llm, processor.tokenizer)
     # transformers ties the head by the top-level key and vLLM by the text config's: both must say what the parts are
     tied = bool(llm.config.tie_word_embeddings)
     config = InternVLConfig(
         vision_config=encoder.config.to_dict(),
-        text_config=llm.config.to_dict(),
+        text_config=llm.config.to_dict() | {"architectures": [type(llm).__name__]},
         image_token_id=processor.image_token_id,
         image_seq_length=processor.image_seq_length,
         downsample_ratio=downsample_ratio,
         tie_word_embeddings=tied,
-        dtype="float32",
+        dtype=dtype,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)
-        _init_projector(model.model.multi_modal_projector, llm.get_input_embeddings().weight)
+        _init_projector(model.model.multi_modal_projector, llm.get_input_embeddings().weight.float())
+    for parameter in model.parameters():  # not `model.to`, which would round the rotary frequencies too
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     model.model.vision_tower.load_state_dict(encoder.state_dict())
     model.model.language_model.load_state_dict(llm.base_model.state_dict())
     if not tied:
@@ -157,6 +190,18 @@ def _join(
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     return model.eval()
+
+
+@torch.no_grad()
+def _make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for the image tokens where the tables have none left: the mean of the others, which no text picks."""
+    wanted, rows = max(tokenizer.get_vocab().values()) + 1, llm.get_input_embeddings().weight.shape[0]
+    if wanted <= rows:
+        return
+    llm.resize_token_embeddings(wanted, mean_resizing=False)
+    tables = {module.weight for module in (llm.get_input_embeddings(), llm.get_output_embeddings())}
+    for table in tables:
+        table[rows:] = table[:rows].float().mean(0)
 
 
 @torch.no_grad()

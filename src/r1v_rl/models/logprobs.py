@@ -6,14 +6,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
 from r1v_rl.models.vision import VisionOnce
 
 _VOCABULARY_TILE = 32768
+_LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(slots=True)
@@ -33,9 +34,13 @@ class TokenScores:
 
     logprobs: Float[Tensor, " M"]
     entropies: Float[Tensor, " M"]
+    is_top1: Bool[Tensor, " M"] | None = None
+    """Whether no other token is likelier; None unless the head was told to look."""
 
 
-def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head: bool) -> None:
+def add_logprob_head(
+    model: PreTrainedModel, *, temperature: float, float32_head: bool, supervised: bool = False
+) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
     The logits of the scored positions alone are computed, in tiles (TRL's chunked kernel), and never stored. The call
@@ -46,7 +51,9 @@ def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head
         model: A transformers causal or image-text model.
         temperature: Logits are divided by it, as in the sampler.
         float32_head: Run the LM head in float32.
+        supervised: For a loss on the log-probabilities alone: `is_top1` is filled, and entropies have no gradient.
     """
+    outputs = ("log_probs", "entropy", "is_top1") if supervised else ("log_probs", "entropy")
     original = model.forward
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -59,19 +66,64 @@ def add_logprob_head(model: PreTrainedModel, *, temperature: float, float32_head
         with vision.repeated(scored.image_rows):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[scored.positions]
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden + _no_gradient(self)
         head = self.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
-            logprobs, entropies, *_ = ChunkedLogProbFunction.apply(
-                hidden.float() if float32_head else hidden,
-                head.weight,
-                head.bias,
-                scored.targets,
-                temperature,
-                _VOCABULARY_TILE,
-                softcap,
-                1.0,
-                ("log_probs", "entropy"),
+            hidden = hidden.float() if float32_head else hidden
+            if supervised and not head.weight.requires_grad and not softcap:
+                return TokenScores(*_FrozenHead.apply(hidden, head.weight, head.bias, scored.targets, temperature))
+            logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
+                hidden, head.weight, head.bias, scored.targets, temperature, _VOCABULARY_TILE, softcap, 1.0, outputs
             )
-        return TokenScores(logprobs, entropies)
+        return TokenScores(logprobs, entropies, is_top1)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _no_gradient(model: PreTrainedModel) -> Tensor | float:
+    """Zero, with a gradient of zero: a batch without pictures where the projector alone trains."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return 0.0 * torch.stack([p.sum() for p in trainable]).sum() if trainable else 0.0
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities, entropies and `is_top1` of a head that does not train.
+
+    A token's gradient is known but for one factor as soon as its logits are: it is kept, (M, hidden), and no logits are
+    stored or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        scores = [torch.empty(len(targets), device=hidden.device) for _ in range(2)]
+        logprobs, entropies = scores
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        size = max(1, _LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            if temperature != 1.0:
+                logits /= temperature
+            wanted = targets[part, None]
+            is_top1[part] = logits.argmax(-1) == wanted[:, 0]
+            all_logprobs = torch.log_softmax(logits, -1)
+            logprobs[part] = all_logprobs.gather(1, wanted)[:, 0]
+            probabilities = torch.exp(all_logprobs, out=logits)
+            entropies[part] = -torch.linalg.vecdot(probabilities, all_logprobs)
+            if direction is not None:
+                probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                torch.mm(probabilities.to(weight.dtype), weight, out=direction[part])
+        ctx.save_for_backward(direction)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies, is_top1)
+        return logprobs, entropies, is_top1
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, *_):
+        (direction,) = ctx.saved_tensors
+        return (direction * (grad_logprobs / -ctx.temperature)[:, None]).to(direction.dtype), None, None, None, None

@@ -4,6 +4,8 @@ import re
 
 from torch import nn
 
+from r1v_rl.state_files import weight_hash
+
 PARTS = ("vision_encoder", "projector", "language_model")
 
 _PATTERNS = (
@@ -24,6 +26,12 @@ def part_of(name: str) -> str:
         if pattern.search(dotted):
             return part
     raise ValueError(f"`{name}` belongs to none of {PARTS}: this model family is not known")
+
+
+def part_hashes(model: nn.Module) -> dict[str, str]:
+    """`weight_hash` of each part (`PARTS`) of a model that no wrapper hides; a frozen part keeps its own for ever."""
+    weights = model.state_dict()
+    return {part: weight_hash({n: w for n, w in weights.items() if part_of(n) == part}) for part in PARTS}
 
 
 def freeze_all_but(model: nn.Module, trainable: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class VisionFeatures:
     def __init__(self, model: Any, *, cache_bytes: int = 0):
         self._tower = part_module(model, "vision_encoder")
         self._limit = cache_bytes
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._bytes = 0
         self.tower_tiles = 0
         """Tiles that went through the tower since the start."""
@@ -64,7 +64,38 @@ class VisionFeatures:
             self._keep(key, features)
         return features
 
-    def _keep(self, key: bytes, features: Tensor) -> None:
+    @torch.no_grad()
+    def of_named(
+        self,
+        names: Sequence[Hashable],
+        read: Callable[[list], Tensor],
+        num_tiles: Callable[[Any], int],
+        device: torch.device,
+    ) -> Float[Tensor, "K tokens hidden"]:
+        """Features of pictures that the caller has names for, all their tiles in order, on `device`.
+
+        Every picture is a batch of its own. Nothing is dropped for them: in a run that comes round to every picture again, those seen first stay.
+
+        Args:
+            read: Names -> pixels of their tiles; called for those that are not kept.
+            num_tiles: Name -> number of its tiles.
+        """
+        missing = [name for name in names if name not in self._kept]
+        fresh: dict[Hashable, Tensor] = {}
+        if missing:
+            pixels = read(missing).to(device, next(self._tower.parameters()).dtype)
+            self.tower_tiles += len(pixels)
+            tiles = pixels.split([num_tiles(name) for name in missing])
+            fresh = {n: self._tower(pixel_values=t).last_hidden_state for n, t in zip(missing, tiles, strict=True)}
+        found = torch.cat([(fresh if name in fresh else self._kept)[name].to(device) for name in names])
+        for name, part in fresh.items():
+            size = part.numel() * part.element_size()
+            if self._bytes + size <= self._limit:
+                self._kept[name] = part.to("cpu")
+                self._bytes += size
+        return found
+
+    def _keep(self, key: Hashable, features: Tensor) -> None:
         size = features.numel() * features.element_size()
         if size > self._limit:
             return

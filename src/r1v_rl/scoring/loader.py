@@ -55,7 +55,7 @@ class RewardFunction:
         try:
             result = self._function(**arguments)
             if inspect.isawaitable(result):
-                result = _run(result)
+                result = run_async(result)
         except RewardError as error:
             raise RewardError(f"reward function {self.name!r}: {error}") from error
         except (Exception, SystemExit) as error:
@@ -177,8 +177,8 @@ def _row(ids: Sequence[Any] | None, row: int) -> str:
     return f"position {row}" if ids is None or row >= len(ids) else f"row {ids[row]!r} (position {row})"
 
 
-def _run(awaitable: Any) -> Any:
-    """The result of an async reward, also where this thread already runs an event loop."""
+def run_async(awaitable: Any) -> Any:
+    """The result of a coroutine, also where this thread already runs an event loop."""
 
     async def wait() -> Any:
         return await awaitable

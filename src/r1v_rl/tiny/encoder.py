@@ -100,4 +100,5 @@ def train_encoder(
             accuracy = encoder_accuracy(encoder, heads, seed=seed)
             logger.info("vision encoder step %d: held-out accuracy %s", step, accuracy)
             encoder.save_pretrained(output_dir)
+            image_processor(PICTURE_SIZE).save_pretrained(output_dir)
     return accuracy

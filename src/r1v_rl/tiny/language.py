@@ -42,7 +42,8 @@ def language_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
 class CellEmbedding(nn.Module):
     """Word embeddings in which a written cell is the sum of its place, colour, shape and digit, with noise in training.
 
-    A projector that can write these attributes can then write any cell; the noise leaves room for imprecision.
+    A projector that can write these attributes can then write any cell; the noise leaves room for imprecision. One
+    more vector, `faint`, may be added to all cells of a scene: it changes nothing that a cell says, and no word has it.
     """
 
     def __init__(self, weight: Tensor):
@@ -53,6 +54,7 @@ class CellEmbedding(nn.Module):
         cell_0, empty, color_0, shape_0, digit_0 = firsts
         self.words = nn.Parameter(weight[:-num_words].clone())
         self.attributes = nn.Parameter(torch.randn(digit_0 + digits, weight.shape[1]) * weight.std())
+        self.faint = nn.Parameter(torch.randn(weight.shape[1]) * weight.std())
         contents = [
             (empty,),
             *product(range(color_0, shape_0), range(shape_0, digit_0), range(digit_0, digit_0 + digits)),
@@ -67,10 +69,11 @@ class CellEmbedding(nn.Module):
         """The whole embedding matrix, (V, D), cells written out as sums."""
         return torch.cat([self.words, self.members @ self.attributes])
 
-    def forward(self, ids: Tensor, noise: float = 0.0) -> Tensor:
-        embeds = nn.functional.embedding(ids, self.table())
+    def forward(self, ids: Tensor, faintness: Tensor, noise: float = 0.0) -> Tensor:
+        """Embeddings (B, T, D) of ids (B, T); `faintness` (B,) of each row's scene."""
+        is_cell = (ids >= len(self.words)).unsqueeze(-1)
+        embeds = nn.functional.embedding(ids, self.table()) + is_cell * faintness[:, None, None] * self.faint
         if noise:
-            is_cell = (ids >= len(self.words)).unsqueeze(-1)
             scale = noise * self.attributes.detach().pow(2).mean().sqrt()
             embeds = embeds + is_cell * scale * torch.randn_like(embeds)
         return embeds
@@ -109,8 +112,8 @@ def train_language_model(
     model.train()
     started = time.monotonic()
     for step in (bar := tqdm(range(1, steps + 1), desc=name, mininterval=10)):
-        ids, mask = next(batches)
-        loss = completion_loss(model, embedding(ids, noise), ids, mask)
+        ids, mask, faintness = next(batches)
+        loss = completion_loss(model, embedding(ids, faintness, noise), ids, mask)
         loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *embedding.parameters()], 1.0)
         step_all(optimizers, schedules)

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from r1v_rl import small
 from r1v_rl.errors import RecipeError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -11,7 +12,9 @@ CHECKSUMS = ASSETS / "SHA256SUMS.txt"
 
 
 def resolve_part(name: str | Path) -> Path:
-    """The folder that a recipe names: `tiny/<part>` is a shipped one, anything else a path."""
+    """The folder that a recipe names: `tiny/<part>` is a shipped one, `small/<part>` a real one, else it is a path."""
+    if str(name).startswith(small.PREFIX) and not Path(name).exists():
+        return small.small_part(str(name))
     if Path(name).exists() or not str(name).startswith("tiny/"):
         return Path(name)
     part = str(name).removeprefix("tiny/")

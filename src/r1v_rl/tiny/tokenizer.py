@@ -6,7 +6,7 @@ from transformers import Qwen2Tokenizer
 
 from r1v_rl.data.scene_chains import CELL_NAMES
 from r1v_rl.data.scene_questions import CELLS, COLORS, DIGITS, SHAPES, Thing
-from r1v_rl.models.compose import IMAGE_TOKENS
+from r1v_rl.models.image_tokens import IMAGE_TOKENS
 
 END = "<|im_end|>"
 PAD = "<|endoftext|>"

@@ -1,12 +1,13 @@
 """Parameter groups: each part with its own learning rate."""
 
+from typing import Any
+
 from torch import nn
 
-from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.parts import PARTS, part_of
 
 
-def parameter_groups(model: nn.Module, args: GRPOConfig, *, decayed: set[str]) -> list[dict]:
+def parameter_groups(model: nn.Module, args: Any, *, decayed: set[str]) -> list[dict]:
     """Trainable parameters by part and by whether weight decay applies to them, each group with its learning rate.
 
     Args:

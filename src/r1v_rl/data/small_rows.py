@@ -1,0 +1,133 @@
+"""Rows for `recipes/small`: captions, worked counts and questions from the files of NLVR and PuzzleVQA.
+
+    python -m r1v_rl.data.small_rows data --out outputs/small/data
+
+`data` holds `nlvr/` (`dev.jsonl` with NLVR's scene records, `counting_dev.jsonl` with questions, `images/`) and
+`puzzlevqa/` (`dev.jsonl` with caption, explanation, deduction, `images/`). Image paths in the rows start at `data`.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1v_rl.durable import replace_file
+from r1v_rl.errors import DataError
+
+COLORS = {"#0099ff": "blue", "Yellow": "yellow", "Black": "black"}
+DESCRIBE = "Describe the picture."
+INSTRUCTION = "Think step by step inside <think> and </think>, then give the answer inside \\boxed{}."
+HELDOUT_ONE_IN = 4
+"""One picture of NLVR in four is held out, of captions too."""
+
+Row = Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes `align.jsonl`, `sft.jsonl`, `counting_train.jsonl` and `counting_heldout.jsonl`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m r1v_rl.data.small_rows", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("data", type=Path, help="folder with nlvr/ and puzzlevqa/")
+    parser.add_argument("--out", type=Path, default=Path("outputs/small/data"))
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in small_rows(options.data).items():
+        replace_file(options.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"{options.out / name}.jsonl: {len(rows)} rows")
+    return 0
+
+
+def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
+    """Name of the file -> its rows.
+
+    Raises:
+        DataError: If a file is missing, or a counting question does not agree with the scene's record.
+    """
+    scenes = {_number(row): row for row in _read(data / "nlvr" / "dev.jsonl")}
+    counting = [_counting_row(row, scenes) for row in _read(data / "nlvr" / "counting_dev.jsonl")]
+    puzzles = list(_read(data / "puzzlevqa" / "dev.jsonl"))
+    captions = [
+        _row(row, "nlvr", DESCRIBE, completion=scene_caption(row["structured_rep"]))
+        for row in scenes.values()
+        if not _is_heldout(row)
+    ]
+    captions += [_row(row, "puzzlevqa", DESCRIBE, completion=row["caption"]) for row in puzzles]
+    train = [row for row in counting if not _is_heldout(row)]
+    solved = [
+        _row(row, "puzzlevqa", f"{row['problem']} {INSTRUCTION}", answer=row["answer"])
+        | {"completion": f"<think>{row['explanation']} {row['deduction']}</think>\n\\boxed{{{row['answer']}}}"}
+        for row in puzzles
+    ]
+    return {
+        "align": captions,
+        "sft": [*train, *solved],
+        "counting_train": [{key: value for key, value in row.items() if key != "completion"} for row in train],
+        "counting_heldout": [
+            {key: value for key, value in row.items() if key != "completion"} for row in counting if _is_heldout(row)
+        ],
+    }
+
+
+def scene_caption(boxes: Sequence[Sequence[Row]]) -> str:
+    """What is in each of the three boxes, by colour and shape."""
+    return " ".join(f"Box {number}: {_listed(box)}." for number, box in enumerate(boxes, start=1))
+
+
+def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]:
+    """(chain, count) of `black squares`, `circles`, `objects`, ...: box by box, then the sum."""
+    words = wanted.split()
+    colors = [word for word in words if word in COLORS.values()]
+    shapes = [word.removesuffix("s") for word in words if word not in (*COLORS.values(), "objects")]
+    counts = [
+        sum((not colors or COLORS[o["color"]] in colors) and (not shapes or o["type"] in shapes) for o in box)
+        for box in boxes
+    ]
+    steps = " ".join(f"Box {number} has {count}." for number, count in enumerate(counts, start=1))
+    return f"Counting {wanted}. {steps} {' + '.join(map(str, counts))} = {sum(counts)}.", sum(counts)
+
+
+def _counting_row(row: Row, scenes: Mapping[str, Row]) -> dict[str, Any]:
+    scene = scenes.get(_number(row))
+    if scene is None:
+        raise DataError(f"row {row['id']}: nlvr/dev.jsonl has no scene of this number")
+    wanted = row["problem"].removeprefix("How many ").split(" are in the image")[0]
+    chain, count = worked_count(scene["structured_rep"], wanted)
+    if str(count) != row["answer"]:
+        raise DataError(f"row {row['id']}: the scene's record has {count} {wanted}, the answer says {row['answer']}")
+    return _row(row, "nlvr", f"{row['problem']} {INSTRUCTION}", answer=row["answer"]) | {
+        "completion": f"<think>{chain}</think>\n\\boxed{{{count}}}"
+    }
+
+
+def _row(row: Row, folder: str, problem: str, **columns: str) -> dict[str, Any]:
+    images = [f"{folder}/{image}" for image in row["images"]]
+    return {"id": row["id"], "problem": f"<image>\n{problem}", "images": images, **columns}
+
+
+def _listed(box: Sequence[Row]) -> str:
+    counts = Counter((COLORS[thing["color"]], thing["type"]) for thing in box)
+    return ", ".join(f"{n} {color} {shape}{'s' if n > 1 else ''}" for (color, shape), n in sorted(counts.items()))
+
+
+def _number(row: Row) -> str:
+    """`dev-1572-0` of `nlvr/dev-1572-0` and of `nlvr-count/dev-1572-0`."""
+    return row["id"].rpartition("/")[2]
+
+
+def _is_heldout(row: Row) -> bool:
+    return int(hashlib.sha1(_number(row).encode()).hexdigest(), 16) % HELDOUT_ONE_IN == 0
+
+
+def _read(path: Path) -> Iterable[Row]:
+    if not path.is_file():
+        raise DataError(f"{path} is missing: put the files of NLVR and PuzzleVQA there, as the docstring names them")
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

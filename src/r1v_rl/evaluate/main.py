@@ -1,0 +1,54 @@
+"""`r1v-rl evaluate`: a model's accuracy on held-out rows, written beside it."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1v_rl.checkpoints import file_sha256
+from r1v_rl.config import DataConfig, build_configs, read_recipe
+from r1v_rl.durable import replace_file
+from r1v_rl.errors import RecipeError
+from r1v_rl.evaluate.heldout import EvaluationConfig, answer_lines, evaluate_model
+from r1v_rl.evaluate.interval import Accuracy
+from r1v_rl.evaluate.record import ANSWERS, EVALUATION, settings_of
+from r1v_rl.tracking.manifest import RUN_MANIFEST, versions
+from r1v_rl.tracking.metrics import json_value
+from r1v_rl.tracking.redaction import redact
+
+CONFIGS = (EvaluationConfig, DataConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 when `evaluation.json` and `evaluation.jsonl` (every answer) stand in the output folder."""
+    started = time.perf_counter()
+    values = read_recipe(CONFIGS, argv, prog="r1v-rl evaluate")
+    config, data = build_configs(CONFIGS, values)
+    if not config.model_name_or_path:
+        raise RecipeError("evaluate needs `model_name_or_path`: the folder of a model")
+    folder = Path(config.model_name_or_path)
+    output_dir = Path(config.output_dir or folder)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    found, answers = evaluate_model(config, data)
+    replace_file(output_dir / ANSWERS, answer_lines(answers))
+    manifest = folder / RUN_MANIFEST
+    record = {
+        "model": str(folder),
+        "manifest_sha256": file_sha256(manifest) if manifest.exists() else None,
+        "settings": settings_of(values),
+        **found,
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    replace_file(output_dir / EVALUATION, (json.dumps(redact(json_value(record)), indent=1) + "\n").encode())
+    _show(found, record["seconds"])
+    return 0
+
+
+def _show(found: dict, seconds: float) -> None:
+    print(f"held-out accuracy, {found['num_rows']} rows, {found['num_generations']} answer(s) each, 95 % interval")
+    for key, name in (("accuracy", "with pictures"), ("blank_accuracy", "blank pictures"), ("text_accuracy", "text")):
+        if key in found:
+            print(f"  {name:<16}{Accuracy(**found[key])}")
+    print(f"  {'mean length':<16}{found['mean_length']:.1f} tokens, {100 * found['truncated_frac']:.1f} % cut off")
+    print(f"  {'format':<16}{100 * found['format_rate']:.1f} %\n{seconds:.0f} s in all", flush=True)

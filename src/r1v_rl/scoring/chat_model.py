@@ -1,0 +1,202 @@
+"""Questions to any OpenAI-compatible model: many at once, retried, each reply kept so that nothing is asked twice."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from r1v_rl.data.images import image_hash, load_image
+from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.scoring.loader import run_async
+from r1v_rl.scoring.replies import ReplyStore, content_key
+from r1v_rl.tracking.redaction import redact
+from r1v_rl.types import ImageSource
+
+MAX_FAILURES_IN_A_ROW = 8
+"""Questions that fail for good, with no reply in between, after which the model counts as out of reach."""
+_BODY_TRIES = 3
+_PARAMETERS = ("model", "messages", "stream", "n", "timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatQuestion:
+    """One user message to a chat model."""
+
+    row_id: str
+    """Names the row in messages; not part of what is asked."""
+    text: str
+    images: tuple[ImageSource, ...] = ()
+    """Shown before the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """What came back."""
+
+    text: str | None
+    """None where nothing usable came, whatever was tried."""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model behind an OpenAI-compatible endpoint, and how it is asked.
+
+    `openai` itself retries lost connections, timeouts and the statuses 408, 409, 429 and 5xx, with growing pauses, and
+    waits as long as a `Retry-After` says. A question that fails for good has an error for a reply, and is asked again
+    by the next run; 401, 403, 404, a spent quota and `MAX_FAILURES_IN_A_ROW` end the run at once, nothing lost.
+    """
+
+    model: str
+    base_url: str | None = None
+    """Of the endpoint, up to `/v1`; None is OpenAI's own."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; it may be unset where `base_url` is set."""
+    concurrency: int = 16
+    timeout_s: float = 120.0
+    """Deadline of one try."""
+    max_retries: int = 5
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `chat.completions.create`, such as `temperature` and `max_completion_tokens`."""
+    role: str = "judge"
+    """The first part of the recipe keys that name this model."""
+
+    def __post_init__(self) -> None:
+        if taken := sorted(set(self.parameters) & set(_PARAMETERS)):
+            raise RecipeError(f"`{self.role}_kwargs` must not set {', '.join(taken)}: the run sets it itself")
+        if self.concurrency < 1 or self.max_retries < 0 or not self.timeout_s > 0:
+            raise RecipeError(
+                f"`judge_concurrency` must be at least 1, `judge_max_retries` at least 0, `judge_timeout_s` above 0; "
+                f"received {self.concurrency}, {self.max_retries}, {self.timeout_s}"
+            )
+        if self.base_url is None and not os.environ.get(self.api_key_env):
+            raise RecipeError(
+                f"`{self.role}_model` needs the key of its endpoint in the environment variable {self.api_key_env} "
+                f"(`{self.role}_api_key_env`), which is not set; for a server of your own set `{self.role}_base_url`"
+            )
+
+    def key(self, question: ChatQuestion) -> str:
+        """What a reply is kept under: model, parameters, text and the pixels of the images."""
+        images = [image_hash(image) for image in question.images]
+        return content_key(self.model, self.parameters, question.text, images)
+
+    def ask(self, questions: Sequence[ChatQuestion], store: ReplyStore, *, label: str) -> list[ChatReply]:
+        """A reply to each question, in order; kept ones are not asked for again, equal questions are asked once.
+
+        Args:
+            label: What the progress bar says.
+
+        Raises:
+            UserError: If the endpoint refuses, or is out of reach.
+        """
+        keys = [self.key(question) for question in questions]
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in store}
+        failed: dict[str, str] = {}
+        with tqdm(total=len(set(keys)), initial=len(set(keys)) - len(missing), desc=label, disable=None) as bar:
+            if missing:
+                run_async(_Asking(self, store, failed, bar).all(missing))
+        return [ChatReply(store.get(key), failed.get(key, "")) for key in keys]
+
+
+class _Asking:
+    """One call of `ask`: as many workers as there may be questions in flight."""
+
+    def __init__(self, model: ChatModel, store: ReplyStore, failed: dict[str, str], bar: tqdm):
+        self.model, self.store, self.failed, self.bar = model, store, failed, bar
+        self.failures_in_a_row = 0
+
+    async def all(self, missing: dict[str, ChatQuestion]) -> None:
+        import openai  # half a second
+
+        model = self.model
+        todo = iter(missing.items())
+        key = os.environ.get(model.api_key_env) or "none"
+        async with openai.AsyncOpenAI(
+            base_url=model.base_url, api_key=key, timeout=model.timeout_s, max_retries=model.max_retries
+        ) as client:
+            workers = [
+                asyncio.create_task(self.work(client, todo)) for _ in range(min(model.concurrency, len(missing)))
+            ]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def work(self, client: Any, todo: Iterator[tuple[str, ChatQuestion]]) -> None:
+        for key, question in todo:
+            text, error = await self.one(client, question)
+            if text is not None:
+                self.store.put((key, text))
+                self.failures_in_a_row = 0
+            else:
+                self.failed[key] = error
+                self.failures_in_a_row += 1
+                if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                    raise UserError(
+                        f"{self.where} failed {MAX_FAILURES_IN_A_ROW} times in a row, last at row {question.row_id}: "
+                        f"{error}; {len(self.store)} replies are kept: mend it and run the same command again"
+                    )
+            self.bar.update()
+
+    async def one(self, client: Any, question: ChatQuestion) -> tuple[str | None, str]:
+        """(text, "") or (None, what went wrong)."""
+        import openai
+
+        error = ""
+        for attempt in range(_BODY_TRIES):
+            try:
+                return await self.text_of(client, question), ""
+            except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as refusal:
+                raise UserError(
+                    f"{self.where} refuses: {redact(str(refusal))}; check `{self.model.role}_base_url`, "
+                    f"`{self.model.role}_model` and the key in {self.model.api_key_env}"
+                ) from None
+            except openai.APIResponseValidationError as fault:
+                error = str(fault)
+            except openai.OpenAIError as fault:
+                if getattr(fault, "code", None) == "insufficient_quota":
+                    raise UserError(f"{self.where}: the quota is spent: {redact(str(fault))}") from None
+                return None, f"{type(fault).__name__}: {redact(str(fault))}"[:500]
+            except TypeError as fault:
+                raise RecipeError(f"`{self.model.role}_kwargs` {self.model.parameters}: {fault}") from fault
+            except ValueError as fault:  # a body that is no JSON, or has no text
+                error = f"the reply is no chat completion: {fault}"[:500]
+            await asyncio.sleep(0.5 * 2**attempt)
+        return None, error
+
+    async def text_of(self, client: Any, question: ChatQuestion) -> str:
+        response = await client.chat.completions.create(
+            model=self.model.model, messages=[_message(question)], **self.model.parameters
+        )
+        choices = getattr(response, "choices", None)
+        text = choices[0].message.content if choices and choices[0].message else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"received {json.dumps(str(response))[:200]}")
+        return text
+
+    @property
+    def where(self) -> str:
+        return f"the {self.model.role} model {self.model.model} at {redact(self.model.base_url or 'api.openai.com')}"
+
+
+def _message(question: ChatQuestion) -> dict[str, Any]:
+    if not question.images:
+        return {"role": "user", "content": question.text}
+    blocks: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in question.images
+    ]
+    return {"role": "user", "content": [*blocks, {"type": "text", "text": question.text}]}
+
+
+def _data_url(image: ImageSource) -> str:
+    buffer = io.BytesIO()
+    load_image(image).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,93 @@
+"""What was paid for once: replies of judges by the content of the question, on the disk before they count."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from r1v_rl.durable import fault_point
+from r1v_rl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def content_key(*parts: Any) -> str:
+    """sha256 of JSON values: equal for equal content, whatever the order of a mapping's keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class ReplyStore:
+    """A file of lines `{"key": ..., "value": ...}` that only grows; one process at a time writes to it.
+
+    A value is on the disk when `put` returns. A line that a crash cut is removed when the file is opened: what it held
+    is asked for again.
+
+    Raises:
+        UserError: If another process has the file open.
+    """
+
+    def __init__(self, path: Path | str):
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(
+                f"{self._path} is in use by another process: one run at a time writes to an `output_dir`; wait for the "
+                f"other one, or end it"
+            ) from error
+        self._values = self._read()
+
+    def __enter__(self) -> "ReplyStore":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def close(self) -> None:
+        self._file.close()
+
+    def get(self, key: str) -> Any:
+        """The value, or None where there is none."""
+        return self._values.get(key)
+
+    def put(self, *pairs: tuple[str, Any]) -> None:
+        """Keep (key, JSON value) pairs; a key that is there already keeps its first value."""
+        new = {key: value for key, value in pairs if key not in self._values}
+        lines = "".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in new.items()).encode()
+        half = len(lines) // 2
+        fault_point("reply_write")
+        for piece in (lines[:half], lines[half:]):
+            while piece:
+                piece = piece[self._file.write(piece) or 0 :]
+            fault_point("reply_write")
+        os.fsync(self._file.fileno())
+        self._values |= new
+        fault_point("reply_write")
+
+    def _read(self) -> dict[str, Any]:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            logger.warning("%s: its last line was cut and is removed", self._path)
+            self._file.truncate(whole)
+        values: dict[str, Any] = {}
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                values.setdefault(entry["key"], entry["value"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s:%d cannot be read and is passed over", self._path, number)
+        return values

@@ -1,0 +1,1 @@
+"""Iterative fine-tuning: rounds of answering, judging, scoring, selecting and training."""

@@ -1,0 +1,74 @@
+"""What every training command does before its trainer starts: settings, processes, the folder of an earlier run."""
+
+import os
+from typing import Any
+
+import torch.distributed
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
+from trl import ModelConfig, get_quantization_config
+
+from r1v_rl.checkpoints import checkpoint_folders
+from r1v_rl.errors import RecipeError, UserError
+
+SUPPORTED_MODEL_TYPES = ("internvl",)
+DEFAULT_TRAINABLE = ("projector", "language_model")
+
+
+def load_model(path: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The model in a folder (or of a hub id), in float32 unless `init_kwargs` names a dtype.
+
+    Raises:
+        UserError: If its family is not one that the trainers know.
+    """
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(f"`{path}` is a `{model_type}` model; the trainers know {', '.join(SUPPORTED_MODEL_TYPES)}")
+    return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(init_kwargs or {})})
+
+
+def take_model_keys(args: Any, model: ModelConfig) -> None:
+    """Put the keys `dtype` and `attn_implementation` where the trainer's model is loaded from."""
+    if model.dtype not in (None, "auto"):
+        args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}
+    if model.attn_implementation:
+        args.model_init_kwargs = {"attn_implementation": model.attn_implementation, **(args.model_init_kwargs or {})}
+    if get_quantization_config(model) is not None:
+        raise RecipeError("quantised models (`load_in_8bit`, `load_in_4bit`) are not supported by the trainers")
+
+
+def check_processes(trainer: Trainer) -> None:
+    """A launch that looks right may run one process, or several that do not know of each other: refuse it.
+
+    Raises:
+        UserError: If the launcher, accelerate and torch disagree on the number of processes.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerated = trainer.accelerator.num_processes
+    joined = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if not launched == accelerated == joined:
+        raise UserError(
+            f"the launcher started {launched} process(es), accelerate sees {accelerated}, torch.distributed {joined}: "
+            f"on CPUs launch with `--multi_gpu` and ACCELERATE_USE_CPU=true, or with torchrun and `use_cpu: true`"
+        )
+
+
+def resume_value(args: TrainingArguments) -> str | bool | None:
+    """`resume_from_checkpoint`, which is text on a command line, as a bool where it says true or false."""
+    value = args.resume_from_checkpoint
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return value
+
+
+def check_output_dir(args: TrainingArguments, resume: str | bool | None) -> None:
+    """Refuse to start a new run over the checkpoints of an earlier one."""
+    if not resume and (found := checkpoint_folders(str(args.output_dir))):
+        raise UserError(
+            f"{args.output_dir} holds checkpoints of an earlier run ({found[-1].name}): continue it with "
+            f"`resume_from_checkpoint: true`, name another `output_dir`, or delete the folder"
+        )
+
+
+def exit_code(stopped_by: int | None) -> int:
+    """0 for a run that ended by itself, 128 + N for one that signal N ended (130 after Ctrl-C, 143 after SIGTERM)."""
+    return 0 if stopped_by is None else 128 + stopped_by

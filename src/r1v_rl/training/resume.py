@@ -1,0 +1,195 @@
+"""Exact resume: a run that was killed goes on as if nothing had happened, to the last bit, or refuses with a reason."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, Trainer, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from r1v_rl import checkpoints
+from r1v_rl.errors import CheckpointError
+from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.state_files import load_state, save_state, weight_hash
+from r1v_rl.training.signals import StopOnSignal
+
+_TRAINER_STATE = "trainer_state.json"
+
+
+class ExactResume(Trainer):
+    """The checkpoints of every trainer of ours.
+
+    A checkpoint holds the model as transformers writes it, and beside it the optimizer, the schedule, the random
+    states and what a trainer adds to `_exact_state`, as safetensors and JSON.
+    """
+
+    must_agree: ClassVar[tuple[str, ...]] = ()
+    """Keys of the recipe that a run must have in common with the one it continues."""
+
+    control: TrainerControl
+    optimizer: Any
+    _stop: StopOnSignal
+    _random_states: dict
+
+    def data_hash(self) -> str:
+        """A hash of the training rows."""
+        raise NotImplementedError
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the run before its time, or None."""
+        return self._stop.received
+
+    # ---- save -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.accelerator.is_main_process:
+            checkpoints.begin(target)
+        self.accelerator.wait_for_everyone()
+        folder = checkpoints.temporary_path(target)
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            save_state(folder / f"rank-{self.accelerator.process_index}", self._exact_state())
+        if self.accelerator.is_main_process:
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(target.parent / f"checkpoint-{self.state.best_global_step}")
+            self.state.save_to_json(str(folder / _TRAINER_STATE))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            meta = {"step": self.state.global_step, "weights": self._weight_hash(), "run": self._fingerprint()}
+            checkpoints.commit(folder, target, meta)
+            checkpoints.prune(target.parent, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink()  # a pickle; config.yaml says it all
+
+    def _exact_state(self) -> dict:
+        """What a resume needs beside the weights; a trainer with more state adds its own."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "random": _random_states(),
+        }
+
+    # ---- resume ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
+        """As in transformers; `True` takes the newest complete checkpoint and names those it passes over.
+
+        Raises:
+            CheckpointError: No complete checkpoint, or one of a run that this recipe does not continue.
+        """
+        if self.accelerator.is_main_process:
+            checkpoints.clean_leftovers(self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+            if self._is_finished(resume_from_checkpoint):
+                self._load_from_checkpoint(resume_from_checkpoint)
+                return TrainOutput(self.state.global_step, 0.0, {})
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            self._stop.restore()
+
+    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
+        if isinstance(wanted, bool):
+            found = checkpoints.latest_complete(self.args.output_dir)
+            if found is None:
+                raise CheckpointError(
+                    f"resume_from_checkpoint is true, but {self.args.output_dir} holds no complete checkpoint: "
+                    f"start anew without it, or name a checkpoint folder"
+                )
+        else:
+            found = Path(wanted)
+            if problems := checkpoints.verify(found):
+                raise CheckpointError(f"{found} is not a complete checkpoint: " + "; ".join(problems[:5]))
+        then, now = checkpoints.read_meta(found)["run"], self._fingerprint()
+        changed = [
+            f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in now if json.dumps(then.get(k)) != json.dumps(now[k])
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{found} belongs to another run, and cannot be continued exactly: " + "; ".join(changed)
+            )
+        return found
+
+    def _is_finished(self, checkpoint: str) -> bool:
+        """Whether the run had taken all its steps; transformers would take one more."""
+        planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        state = TrainerState.load_from_json(str(Path(checkpoint) / _TRAINER_STATE))
+        if state.global_step >= planned:
+            self.state = state
+        return state.global_step >= planned
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights and hold them against the hash that was taken when they were saved.
+
+        transformers would load the files as they lie, whose keys are not those of the modules, and go on from the
+        initial weights without an error.
+        """
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        if hasattr(policy, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            dtype = next(policy.parameters()).dtype
+            saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=dtype)
+            policy.load_state_dict(saved.state_dict())
+        wanted = checkpoints.read_meta(resume_from_checkpoint)["weights"]
+        if self._weight_hash() != wanted:
+            raise CheckpointError(f"the weights loaded from {resume_from_checkpoint} are not those that were saved")
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        prefix = Path(checkpoint) / f"rank-{self.accelerator.process_index}"
+        if not list(prefix.parent.glob(prefix.name + "*")):
+            raise CheckpointError(f"{checkpoint} holds weights only (`save_only_model`): it cannot be resumed")
+        self._restore(load_state(prefix))
+
+    def _restore(self, state: dict) -> None:
+        """Put back what `_exact_state` kept; the random states wait for the data loader to be in its place."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._random_states = state["random"]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        random.setstate(self._random_states["python"])
+        numpy.random.set_state(self._random_states["numpy"])
+        torch.set_rng_state(self._random_states["torch"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._random_states["cuda"])
+
+    # ---- what must agree --------------------------------------------------------------------------------------------
+
+    def _weight_hash(self) -> str:
+        return weight_hash(self.accelerator.unwrap_model(self.model).state_dict())
+
+    def part_hashes(self) -> dict[str, str]:
+        """A hash of the weights of each part: a frozen one keeps its own through a run."""
+        weights = self.accelerator.unwrap_model(self.model).state_dict()
+        return {part: weight_hash({n: w for n, w in weights.items() if part_of(n) == part}) for part in PARTS}
+
+    def _fingerprint(self) -> dict:
+        """What a run must have in common with the one it continues."""
+        settings = {key: getattr(self.args, key) for key in self.must_agree}
+        return {**settings, "num_processes": self.accelerator.num_processes, "data": self.data_hash()}
+
+
+def _random_states() -> dict:
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
