@@ -91,6 +91,16 @@ def test_evaluate(check, vlm):
     assert code == 2 and "above the context of 1024" in err
 
 
+def test_grpo_says_how_prompts_run(check, vlm):
+    recipe = {**GRPO, "model_name_or_path": vlm}
+    code, out, err = check("grpo", recipe)
+    assert code == 0 and re.search(r"update +every prompt and its images are run once a group", out), err
+    code, out, err = check("grpo", {**recipe, "use_peft": True, "lora_dropout": 0.05})
+    assert code == 0 and "once a completion, because dropout (`lora_dropout: 0.05`)" in out, err
+    code, out, err = check("grpo", {**recipe, "share_prefix": False})
+    assert code == 0 and "once a completion (`share_prefix: false`)" in out, err
+
+
 def test_what_is_not_on_this_machine(check):
     recipe = {**GRPO, "model_name_or_path": "some/hub-id", "dataset_name": "rows.jsonl", "use_cpu": False, "bf16": True}
     code, _, err = check("grpo", recipe)

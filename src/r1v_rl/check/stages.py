@@ -16,7 +16,7 @@ from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
 from r1v_rl.grpo import main as grpo_main
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
+from r1v_rl.grpo.preflight import context_of, how_prompts_run, longest_prompt, try_rewards
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.models.compose import language_model_type
@@ -54,6 +54,8 @@ def check_grpo(values: dict[str, Any], report: Report) -> None:
     report.look("batch", lambda: _rollout_batch(examples, train))
     if examples is not None and processor is not None:
         report.look("prompts", lambda: _prompts([*examples, *heldout], processor, model.model_name_or_path, train))
+    if processor is not None:
+        report.look("update", lambda: (how_prompts_run(model, train), None))
     report.look("rewards", lambda: _rewards(examples, processor, run.reward_funcs, train))
 
 
