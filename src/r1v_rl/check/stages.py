@@ -153,6 +153,7 @@ def _data(
     data: DataConfig, seed: int, report: Report, *, answer_required: bool = True
 ) -> tuple[str, Sequence[Example]]:
     report.place.require("dataset_name", data.dataset_name)
+    report.place.require("dataset_root", data.dataset_root)
     return _described(load_configured_examples(data, seed=seed, answer_required=answer_required))
 
 
@@ -171,6 +172,7 @@ def _heldout(
 
     def find() -> tuple[str, Sequence[Example]]:
         report.place.require("eval_dataset_name", heldout.eval_dataset_name)
+        report.place.require("dataset_root", data.dataset_root)
         return _described(heldout_examples(heldout, data, seed, answer_required=answer_required))
 
     return report.look(subject, find) or []
