@@ -7,6 +7,7 @@ import pytest
 from random_vlm import save_random_vlm
 
 from r1v_rl import cli
+from r1v_rl.check import stages
 
 SFT = {
     "dataset_name": "scenes", "dataset_size": 40, "dataset_kwargs": {"chains": "brief", "num_images": 1},
@@ -130,18 +131,18 @@ def test_the_command_of_a_recipe(check, tmp_path):
 def test_every_stage_of_a_chain(check, tmp_path, vlm):
     (tmp_path / "grpo.yaml").write_text(json.dumps({**GRPO, "model_name_or_path": vlm}))
     (tmp_path / "sft.yaml").write_text(json.dumps({**SFT, "model_name_or_path": vlm}))
-    stages = [
+    listed = [
         {"name": "one", "command": "sft", "config": "sft.yaml"},
         {"name": "two", "command": "grpo", "config": "grpo.yaml", "from": {"one": "model_name_or_path"}},
     ]
-    chain = {"output_dir": "out", "stages": stages, "evaluate": {"eval_dataset_name": "scenes", "eval_dataset_size": 4}}
+    chain = {"output_dir": "out", "stages": listed, "evaluate": {"eval_dataset_name": "scenes", "eval_dataset_size": 4}}
     code, out, err = check("run", chain)
     assert code == 0, err
     assert "`model_name_or_path` out/one is made by stage one" in out
-    stages[1]["from"] = {"one": "model_name"}
+    listed[1]["from"] = {"one": "model_name"}
     code, _, err = check("run", chain)
     assert code == 2 and "stage two: keys: `model_name` is not a recipe key" in err
-    stages[1]["from"] = {"one": "model_name_or_path"}
+    listed[1]["from"] = {"one": "model_name_or_path"}
     code, _, err = check(
         "run", chain, "--one.learning_rate", "high", "--two.num_generations", "3", "--evaluate.top_p", "x"
     )
@@ -168,3 +169,10 @@ def test_launch_files(tmp_path, capsys, content, message):
     (tmp_path / "launch.yaml").write_text("\n".join(lines))
     assert cli.main(["check", "--config", str(tmp_path / "launch.yaml")]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "recipe"), [("sft", SFT), ("grpo", GRPO)])
+def test_a_family_that_the_trainers_do_not_know(check, vlm, monkeypatch, command, recipe):
+    monkeypatch.setattr(stages, "SUPPORTED_MODEL_TYPES", ("llava",))
+    code, _, err = check(command, {**recipe, "model_name_or_path": vlm})
+    assert code == 2 and "is a `internvl` model; the trainers know llava" in err
