@@ -1,20 +1,18 @@
 """The policy, its reference and its rollout engine, made from the recipe."""
 
 import copy
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.trainer.utils import disable_dropout_in_model
 
+from r1v_rl.data.chat import load_processor
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import add_logprob_head
@@ -23,6 +21,7 @@ from r1v_rl.models.parts import freeze_all_but
 from r1v_rl.models.vision_features import VisionFeatures
 from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
+from r1v_rl.rollout.model_folder import end_token_ids, folder_with
 from r1v_rl.rollout.prompts import placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
@@ -36,7 +35,7 @@ def prepare_models(
 ) -> tuple[Any, Any, Any]:
     """Policy, reference (None without `beta`, and where the policy without its adapter is the reference), processor."""
     policy = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
-    processor = processor or AutoProcessor.from_pretrained(policy.name_or_path)
+    processor = processor or load_processor(policy.name_or_path)
     if peft_config is not None and args.trainable is not None:
         raise RecipeError(
             "`trainable` and a LoRA adapter exclude each other: name the parts that train in full in "
@@ -107,11 +106,12 @@ def reference_policy(reference: nn.Module | None, policy: Any) -> Iterator[nn.Mo
 def make_engine(policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example]) -> RolloutEngine:
     """vLLM in this process, or transformers' `generate` on the policy itself."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    eos = eos_token_ids(policy, tokenizer)
+    eos = end_token_ids(policy.generation_config.eos_token_id, tokenizer)
     banned = placeholder_ids(policy.config)
     if not args.use_vllm:
         return TransformersEngine(policy, tokenizer, eos_token_ids=eos, banned_token_ids=banned)
-    with _model_folder(policy, processor) as folder:
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    with folder_with(processor, base.name_or_path, base.save_pretrained) as folder:
         return VllmEngine(
             folder,
             dtype=_engine_dtype(policy, args),
@@ -127,41 +127,7 @@ def make_engine(policy: Any, processor: Any, args: GRPOConfig, examples: Sequenc
         )
 
 
-def eos_token_ids(policy: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion."""
-    ids = policy.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
 def _engine_dtype(policy: nn.Module, args: GRPOConfig) -> str:
     if args.bf16:
         return "bfloat16"
     return str(next(policy.parameters()).dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _model_folder(policy: Any, processor: Any) -> Iterator[str]:
-    """What vLLM reads: the model's own folder, or one beside it where there is none, or where its processor is not the
-    one in use (`max_image_tiles`). Large files are linked, not copied, and the model's folder is not touched."""
-    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    source = Path(base.name_or_path or "/nowhere")
-    if not source.is_absolute() and not source.is_dir():
-        source = Path(snapshot_download(base.name_or_path))
-    if source.is_dir() and _same_images(processor, AutoProcessor.from_pretrained(source)):
-        yield str(source)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        if source.is_dir():
-            for path in source.iterdir():
-                if path.is_file() and not Path(folder, path.name).exists():
-                    Path(folder, path.name).symlink_to(path.resolve())
-        else:
-            base.save_pretrained(folder)
-        yield folder
-
-
-def _same_images(processor: Any, other: Any) -> bool:
-    """Whether both cut and scale pictures alike."""
-    return processor.image_processor.to_dict() == other.image_processor.to_dict()

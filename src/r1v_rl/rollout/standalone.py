@@ -1,17 +1,15 @@
 """A rollout engine for a model folder, where nothing trains beside it."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
+from r1v_rl.rollout.model_folder import end_token_ids, folder_with
 from r1v_rl.rollout.prompts import placeholder_ids
 
 
@@ -29,7 +27,7 @@ def standalone_engine(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     banned = placeholder_ids(AutoConfig.from_pretrained(model))
-    eos = _eos_token_ids(model, tokenizer)
+    eos = end_token_ids(_named_end(model), tokenizer)
     if not use_vllm:
         policy = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
         policy.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -37,7 +35,7 @@ def standalone_engine(
         return
     from r1v_rl.rollout.vllm_inprocess import VllmEngine
 
-    with _folder_with(processor, model) as folder:
+    with folder_with(processor, model) as folder:
         yield VllmEngine(
             folder,
             dtype=dtype,
@@ -50,27 +48,9 @@ def standalone_engine(
         )
 
 
-def _eos_token_ids(model: str, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's, and the model's own where it names some."""
+def _named_end(model: str) -> int | list[int] | None:
+    """The end tokens that the model names."""
     try:
-        named = GenerationConfig.from_pretrained(model).eos_token_id
+        return GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # no generation_config.json
-        named = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return sorted({i for i in ids if i is not None})
-
-
-@contextmanager
-def _folder_with(processor: Any, model: str) -> Iterator[str]:
-    """What vLLM reads: the model's folder, or one of links beside this processor, where its pictures differ."""
-    theirs = AutoProcessor.from_pretrained(model)
-    if theirs.image_processor.to_dict() == processor.image_processor.to_dict():
-        yield model
-        return
-    source = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        for path in source.iterdir():
-            if path.is_file() and not Path(folder, path.name).exists():
-                Path(folder, path.name).symlink_to(path.resolve())
-        yield folder
+        return AutoConfig.from_pretrained(model).get_text_config().eos_token_id

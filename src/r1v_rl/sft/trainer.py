@@ -8,8 +8,9 @@ import trl
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
+from r1v_rl.data.chat import load_processor
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.models.logprobs import Scored, add_logprob_head
@@ -68,7 +69,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     ):
         policy = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
         args.model_init_kwargs = None  # used up
-        processor = processing_class or AutoProcessor.from_pretrained(policy.name_or_path)
+        processor = processing_class or load_processor(policy.name_or_path)
         if peft_config is not None and args.trainable is not None:
             raise RecipeError(
                 "`trainable` and a LoRA adapter exclude each other: name the parts that train in full in "

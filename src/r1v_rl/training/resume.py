@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
-from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.models.parts import part_hashes
 from r1v_rl.state_files import load_state, save_state, weight_hash
 from r1v_rl.training.signals import StopOnSignal
 
@@ -179,8 +179,7 @@ class ExactResume(Trainer):
 
     def part_hashes(self) -> dict[str, str]:
         """A hash of the weights of each part: a frozen one keeps its own through a run."""
-        weights = self.accelerator.unwrap_model(self.model).state_dict()
-        return {part: weight_hash({n: w for n, w in weights.items() if part_of(n) == part}) for part in PARTS}
+        return part_hashes(self.accelerator.unwrap_model(self.model))
 
     def _fingerprint(self) -> dict:
         """What a run must have in common with the one it continues."""
