@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from r1v_rl.errors import RecipeError, RewardError, UserError
-from r1v_rl.models.compose import IMAGE_TOKENS
+from r1v_rl.models.image_tokens import IMAGE_TOKENS
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.scoring.reward_model import scores_of
 from r1v_rl.scoring.scorers import Score, ScorerConfig, WorkedAnswer, make_scorer
