@@ -74,7 +74,8 @@ class VisionFeatures:
     ) -> Float[Tensor, "K tokens hidden"]:
         """Features of pictures that the caller has names for, all their tiles in order, on `device`.
 
-        Every picture is a batch of its own. Nothing is dropped for them: in a run that comes round to every picture again, those seen first stay.
+        Every picture is a batch of its own. Nothing is dropped for them: in a run that comes round to every picture
+        again, those seen first stay.
 
         Args:
             read: Names -> pixels of their tiles; called for those that are not kept.
