@@ -115,7 +115,7 @@ def chat_logits(folder: Path, input_ids: Tensor, pixels: Tensor) -> Tensor:
     text = {name.removeprefix("language_model."): w for name, w in weights.items() if name.startswith("language_model")}
     llm.load_state_dict(text, strict=not config["llm_config"]["tie_word_embeddings"])
     llm.tie_weights()
-    features = _vision_features(config["vision_config"], weights, pixels)
+    features = vision_features(config["vision_config"], weights, pixels)
     tokens = _pixel_shuffle(features, config["downsample_ratio"], config["ps_version"])
     tokens = F.layer_norm(tokens, tokens.shape[-1:], weights["mlp1.0.weight"], weights["mlp1.0.bias"])
     tokens = F.gelu(tokens @ weights["mlp1.1.weight"].T + weights["mlp1.1.bias"])
@@ -125,7 +125,7 @@ def chat_logits(folder: Path, input_ids: Tensor, pixels: Tensor) -> Tensor:
     return llm(inputs_embeds=embedded).logits
 
 
-def _vision_features(config: dict, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
+def vision_features(config: dict, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """Last hidden states of the patches, (tiles, patches, width): pre-norm layers, no norm after the last one."""
     w = {name.removeprefix("vision_model."): weight for name, weight in weights.items()}
     heads, eps = config["num_attention_heads"], config["layer_norm_eps"]

@@ -9,7 +9,7 @@ from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
-from r1v_rl.grpo.update import rows_to_run, spread
+from r1v_rl.grpo.update import rows_to_run, spread, within_budget
 from r1v_rl.models.parts import part_module
 from r1v_rl.models.vision import run_without_graph_where_frozen
 from r1v_rl.models.vision_features import VisionFeatures
@@ -89,14 +89,7 @@ def test_what_needs_every_completion_gets_it(model, tmp_path, changes):
 
 
 def test_a_distributed_run_keeps_the_shortest_row(tmp_path):
-    batch = GenerationBatch(
-        prompts=[EncodedPrompt(Example("", [], (), None), "", [], [], [1] * n, {}) for n in (9, 3)],
-        completion_ids=[[5] * n for n in (2, 4, 6, 5)],
-        counts=[True] * 4,
-        advantages=torch.zeros(4),
-        process_tokens=17.0,
-        weight_version=0,
-    )
+    batch = batch_of([9, 3], [2, 4, 6, 5])
     args = GRPOConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, bf16=False)
     assert rows_to_run(batch, range(4), args, at_least_one=True) == [3]
     assert rows_to_run(batch, range(4), args, at_least_one=False) == []
@@ -111,6 +104,74 @@ def test_spread_fills_the_places_and_keeps_gradients():
     assert filled.tolist() == [[1, 1, 1, 0, 0], [-2] * 5, [1, 1, 1, 0, 0], [-2] * 5]
     filled.sum().backward()
     assert values.grad.tolist() == [[1.0] * 3] * 2 and rest[0, 0] == -2.0
+
+
+# ---- a token budget --------------------------------------------------------------------------------------------------
+
+
+def batch_of(prompts: list[int], completions: list[int]) -> GenerationBatch:
+    return GenerationBatch(
+        prompts=[EncodedPrompt(Example("", [], (), None), "", [], [], [1] * n, {}) for n in prompts],
+        completion_ids=[[5] * n for n in completions],
+        counts=[True] * len(completions),
+        advantages=torch.zeros(len(completions)),
+        process_tokens=float(sum(completions)),
+        weight_version=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "share_prefix", "passes"),
+    [
+        (None, True, [[0, 1, 2, 3]]),
+        (26, True, [[0, 1, 2], [3]]),  # 9 + 2 + 4 + 3 + 6 = 24, and 5 more
+        (15, True, [[0, 1], [2, 3]]),
+        (1, True, [[0], [1], [2], [3]]),
+        (27, False, [[0, 1], [2, 3]]),  # 2 x (9 + 4), 2 x (3 + 6)
+    ],
+)
+def test_passes_keep_within_the_budget(budget, share_prefix, passes):
+    batch = batch_of([9, 3], [2, 4, 6, 5])
+    assert within_budget(batch, range(4), budget, share_prefix=share_prefix) == passes
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "grpo"},
+        {"loss_type": "bnpo", "beta": 0.1, "num_iterations": 2},
+        {"importance_sampling_level": "sequence", "num_iterations": 2, "entropy_coef": 0.01},
+    ],
+    ids=str,
+)
+def test_several_passes_are_one_update(model, tmp_path, changes, share_prefix):
+    """Loss, gradient norm and metrics of three steps, in passes of one to three completions, and all at once."""
+    runs, forwards = [], []
+    for budget in (60, None):
+        trainer = make_trainer(
+            model,
+            tmp_path / str(budget),
+            max_tokens_per_forward=budget,
+            share_prefix=share_prefix,
+            **SAVELESS,
+            **changes,
+        )
+        calls: list[int] = []
+        trainer.model.model.register_forward_hook(
+            lambda m, a, out, calls=calls: calls.append(1) if m.training else None
+        )
+        runs.append(logged(trainer))
+        forwards.append(len(calls))
+    assert forwards[0] > 2 * forwards[1]
+    for split, at_once in zip(*runs, strict=True):
+        for key in {"loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean"} & at_once.keys():
+            assert split[key] == pytest.approx(at_once[key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_quantile_over_all_tokens_cannot_be_split(model, tmp_path):
+    with pytest.raises(RecipeError, match="`top_entropy_quantile` below 1 compares all tokens"):
+        make_trainer(model, tmp_path, max_tokens_per_forward=50, top_entropy_quantile=0.5)
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

@@ -7,15 +7,20 @@ import sys
 
 import pytest
 import torch
-from published_chat import INTERNVIT_6B, INTERNVIT_300M, chat_logits, load_all, save_chat
+from published_chat import INTERNVIT_6B, INTERNVIT_300M, chat_logits, config_json, load_all, save_chat, vision_features
+from random_parts import random_dinov2
 from random_vlm import picture
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, GotOcr2ImageProcessor
+from transformers import AutoModelForImageTextToText, GotOcr2ImageProcessor, InternVLForConditionalGeneration
 
 from r1v_rl.data.chat import load_processor
 from r1v_rl.errors import UserError
+from r1v_rl.models.chat_config import transformers_config
+from r1v_rl.models.compose import compose_vlm
 from r1v_rl.models.convert import convert_checkpoint
+from r1v_rl.models.encoders import load_vision_encoder
 from r1v_rl.models.parts import part_hashes
+from r1v_rl.tiny.parts import resolve_part
 
 EVERY = pytest.mark.parametrize(
     ("version", "vision", "tied"),
@@ -155,7 +160,10 @@ def test_the_way_back_lists_missing_and_left_over_keys_too(tmp_path):
         ({"select_layer": -4}, "`select_layer` .* received -4"),
         ({"force_image_size": 448}, r"`force_image_size` .*\(56\)"),
         ({"use_thumbnail": False}, "`use_thumbnail` in config.json must be true"),
-        ({"model_type": "llava"}, "must be of model_type internvl_chat, skywork_chat, internvl, received 'llava'"),
+        (
+            {"model_type": "llava"},
+            "must be of model_type internvl_chat, skywork_chat, intern_vit_6b, internvl, received",
+        ),
         ({"llm_config": {"model_type": "internlm2"}}, "`llm_config.model_type` .* received 'internlm2'"),
         ({"vision_config": {"layer_norm_eps": 1e-5}}, "`vision_config.layer_norm_eps` .* 1e-05"),
         ({"llm_config": {"vocab_size": 100}}, "embedding has 100 rows, too few"),
@@ -218,11 +226,71 @@ def test_folders_and_layouts_that_do_not_go_together_are_refused(tmp_path):
         convert_checkpoint(source, tmp_path / "hf3")
 
 
+@pytest.mark.parametrize("vision", [INTERNVIT_6B, INTERNVIT_300M])
+def test_a_published_vision_encoder_alone_becomes_one_that_compose_takes(tmp_path, vision):
+    folder = tmp_path / "vit"
+    source = save_chat(tmp_path / "chat", "v2", vision)
+    folder.mkdir()
+    mine = {name: w for name, w in load_all(source).items() if name.startswith("vision_model.")}
+    save_file({name.removeprefix("vision_model."): w for name, w in mine.items()}, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())["vision_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.3] * 3}))
+    with pytest.raises(UserError, match="r1v-rl convert"):
+        load_vision_encoder(folder)
+    done = convert_checkpoint(folder, tmp_path / "tower")
+    encoder = load_vision_encoder(tmp_path / "tower").eval()
+    pixels = torch.randn(2, 3, 56, 56, generator=_seeded())
+    with torch.no_grad():
+        found = encoder(pixels).last_hidden_state[:, 1:]
+    assert (found - vision_features(config, mine, pixels)).abs().max() < 1e-4
+    model = compose_vlm(tmp_path / "tower", resolve_part("tiny/reasoning_llm"), tmp_path / "vlm")
+    assert part_hashes(model)["vision_encoder"] == done.weight_hashes["vision_encoder"]
+    assert list(load_processor(str(tmp_path / "vlm")).image_processor.image_mean) == [0.4] * 3
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"missing:\n  encoder\.layers\.2\.attn"):
+        convert_checkpoint(folder, tmp_path / "other")
+
+
+def test_an_encoder_that_the_published_layout_cannot_hold_is_refused(tmp_path):
+    compose_vlm(random_dinov2(), resolve_part("tiny/reasoning_llm"), tmp_path / "vlm", image_size=56)
+    with pytest.raises(UserError, match=r"2 without a place:\n  vision_tower\.layernorm\.weight"):
+        convert_checkpoint(tmp_path / "vlm", tmp_path / "chat")
+    compose_vlm(resolve_part("tiny/vision_encoder"), resolve_part("tiny/reasoning_llm"), tmp_path / "tiny")
+    with pytest.raises(UserError, match=r"ImageNet's mean .* \[0\.48145466"):
+        convert_checkpoint(tmp_path / "tiny", tmp_path / "chat")
+    assert not (tmp_path / "chat").exists()
+    shutil.copytree(resolve_part("tiny/vision_encoder"), tmp_path / "encoder")
+    (tmp_path / "encoder" / "preprocessor_config.json").unlink()
+    compose_vlm(tmp_path / "encoder", resolve_part("tiny/reasoning_llm"), tmp_path / "tiny")
+    convert_checkpoint(tmp_path / "tiny", tmp_path / "chat")
+    convert_checkpoint(tmp_path / "chat", tmp_path / "again")
+    models = [AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("tiny", "again")]
+    assert part_hashes(models[0]) == part_hashes(models[1])
+
+
+def test_the_published_38b_has_the_parameters_that_are_published():
+    """Skywork R1V: InternViT-6B-448px-V2_5 and Qwen2.5-32B; the projector alone 91,786,240."""
+    chat = config_json("v2", INTERNVIT_6B, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                       num_attention_heads=40, num_key_value_heads=8, vocab_size=152064)  # fmt: skip
+    sizes = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25}
+    chat["vision_config"] |= sizes | {"image_size": 448}
+    config = transformers_config(chat | {"force_image_size": 448}, 151667)
+    assert config.image_seq_length == 256
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(config)
+    assert sum(p.numel() for p in model.model.multi_modal_projector.parameters()) == 91_786_240
+    vision, llm = model.model.vision_tower, model.model.language_model
+    assert sum(p.numel() for p in vision.parameters()) == pytest.approx(5.54e9, rel=0.01)
+    assert sum(p.numel() for p in (*llm.parameters(), *model.lm_head.parameters())) == pytest.approx(32.76e9, rel=0.01)
+
+
 MEASURED = """
-import resource, sys
+import re, sys
 import r1v_rl, torch
 from r1v_rl.models.convert import convert_checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# not ru_maxrss, which starts at what the parent had
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 convert_checkpoint(sys.argv[1], sys.argv[2])
 before = peak()
 convert_checkpoint(sys.argv[3], sys.argv[4])

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from published_chat import INTERNVIT_6B, save_chat
 from random_parts import TEXT_TEMPLATE, random_dinov2, random_llm, save_llm, text_tokenizer
 from random_vlm import picture
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GotOcr2ImageProcessor
 
+from r1v_rl.data.chat import load_processor
 from r1v_rl.errors import UserError
 from r1v_rl.models.compose import compose_vlm
+from r1v_rl.models.convert import convert_checkpoint
 from r1v_rl.models.parts import part_hashes
 from r1v_rl.models.transfer import transfer_projector
 from r1v_rl.tiny.parts import resolve_part
@@ -144,6 +147,15 @@ def test_what_holds_no_projector_is_refused(substitute, reasoning, tmp_path):
         (tmp_path / name).write_bytes((substitute / name).read_bytes())
     with pytest.raises(UserError, match="must hold its processor too"):
         transfer_projector(tmp_path, reasoning, tmp_path / "vlm")
+
+
+def test_tiles_of_a_converted_model_stay_transposed(tmp_path, reasoning):
+    convert_checkpoint(save_chat(tmp_path / "chat", "v1", INTERNVIT_6B), tmp_path / "hf")
+    transfer_projector(tmp_path / "hf", reasoning, tmp_path / "vlm")
+    before, after = load_processor(str(tmp_path / "hf")), load_processor(str(tmp_path / "vlm"))
+    pixels = [p.image_processor([picture(0, 300, 100)], return_tensors="pt")["pixel_values"] for p in (before, after)]
+    upright = GotOcr2ImageProcessor(**before.image_processor.to_dict())([picture(0, 300, 100)], return_tensors="pt")
+    assert torch.equal(*pixels) and torch.equal(pixels[0], upright["pixel_values"].mT)
 
 
 def _tokenizer(template=TEXT_TEMPLATE, **attributes):

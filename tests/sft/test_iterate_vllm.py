@@ -63,7 +63,11 @@ def test_a_round_judged_by_vllms_server(model, tmp_path):
     """The tiny model knows nothing of grading: in the round, what it may say is fixed and which of it is its choice.
     Left to speak freely, it says nothing that is a score."""
     choices = [f"Score: {i}" for i in range(6)]
-    rubric = {"rubric": "How many points for this? {question} {response}", "judge_model": "judge", "judge_images": False}
+    rubric = {
+        "rubric": "How many points for this? {question} {response}",
+        "judge_model": "judge",
+        "judge_images": False,
+    }
     bound = {"temperature": 0, "max_completion_tokens": 8, "extra_body": {"structured_outputs": {"choice": choices}}}
     keys = {"dataset_kwargs": {"chains": "careful"}, "dataset_size": 8, "num_resamples": 0, "taus": [5]}
     with vllm_server(tmp_path / "server.log") as url:

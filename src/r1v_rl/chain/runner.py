@@ -203,7 +203,7 @@ def locked(output_dir: Path) -> Iterator[int]:
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + _LOCK_WAIT_S
+    deadline, told = time.monotonic() + _LOCK_WAIT_S, False
     try:
         while True:
             try:
@@ -215,6 +215,9 @@ def locked(output_dir: Path) -> Iterator[int]:
                         f"{output_dir} is in use by another run of its chain; wait for it, stop it, or name another "
                         f"`--output_dir`"
                     ) from None
+                if not told:
+                    print(f"waiting for another run in {output_dir}, or what is left of it, to end", flush=True)
+                    told = True
                 time.sleep(0.2)
         yield descriptor
     finally:

@@ -16,7 +16,7 @@ from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
 from r1v_rl.grpo import main as grpo_main
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
+from r1v_rl.grpo.preflight import context_of, how_prompts_run, longest_prompt, try_rewards
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.models.compose import language_model_type
@@ -30,6 +30,7 @@ from r1v_rl.sft.iterate.rounds import check_columns
 from r1v_rl.sft.packing import pack
 from r1v_rl.sft.rows import TargetRows
 from r1v_rl.tiny.parts import resolve_part
+from r1v_rl.training.launch import SUPPORTED_MODEL_TYPES
 from r1v_rl.types import Example
 
 CONFIGS: dict[str, tuple[type, ...]] = {
@@ -50,10 +51,12 @@ def check_grpo(values: dict[str, Any], report: Report) -> None:
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, train.seed, report))
     heldout = _heldout(run, data, train.seed, report)
-    processor = report.look("model", lambda: _processor(model.model_name_or_path, data, report))
+    processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     report.look("batch", lambda: _rollout_batch(examples, train))
     if examples is not None and processor is not None:
         report.look("prompts", lambda: _prompts([*examples, *heldout], processor, model.model_name_or_path, train))
+    if processor is not None:
+        report.look("update", lambda: (how_prompts_run(model, train), None))
     report.look("rewards", lambda: _rewards(examples, processor, run.reward_funcs, train))
 
 
@@ -65,7 +68,7 @@ def check_sft(values: dict[str, Any], report: Report) -> None:
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, args.seed, report, answer_required=False))
     _heldout(heldout, data, args.seed, report, answer_required=False)
-    processor = report.look("model", lambda: _processor(model.model_name_or_path, data, report))
+    processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     rows = None
     if examples is not None and processor is not None:
         rows = report.look("targets", lambda: _targets(examples, processor, args))
@@ -81,7 +84,7 @@ def check_align(values: dict[str, Any], report: Report) -> None:
     examples = report.look("data", lambda: _data(data, args.seed, report, answer_required=False))
     processor = None
     if model.model_name_or_path:
-        processor = report.look("model", lambda: _processor(model.model_name_or_path, data, report))
+        processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     else:
         _parts(parts.vision_encoder, parts.language_model, report)
     rows = None
@@ -103,7 +106,7 @@ def check_iterate(values: dict[str, Any], report: Report) -> None:
     examples = report.look("data", lambda: _data(recipe.data, recipe.training.seed, report))
     if examples is not None:
         report.look("columns", lambda: _columns(examples))
-    report.look("model", lambda: _processor(model, recipe.data, report))
+    report.look("model", lambda: _trained_model(model, recipe.data, report))
     report.look("batch", lambda: _training_batch(None, recipe.training))
 
 
@@ -152,6 +155,7 @@ def _data(
     data: DataConfig, seed: int, report: Report, *, answer_required: bool = True
 ) -> tuple[str, Sequence[Example]]:
     report.place.require("dataset_name", data.dataset_name)
+    report.place.require("dataset_root", data.dataset_root)
     return _described(load_configured_examples(data, seed=seed, answer_required=answer_required))
 
 
@@ -170,6 +174,7 @@ def _heldout(
 
     def find() -> tuple[str, Sequence[Example]]:
         report.place.require("eval_dataset_name", heldout.eval_dataset_name)
+        report.place.require("dataset_root", data.dataset_root)
         return _described(heldout_examples(heldout, data, seed, answer_required=answer_required))
 
     return report.look(subject, find) or []
@@ -182,6 +187,15 @@ def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
+
+
+def _trained_model(name: str | None, data: DataConfig, report: Report) -> tuple[str, Any]:
+    """The processor of a model that the trainers know."""
+    found = _processor(name, data, report)
+    kind = AutoConfig.from_pretrained(str(name)).model_type
+    if kind not in SUPPORTED_MODEL_TYPES:
+        raise RecipeError(f"`{name}` is a `{kind}` model; the trainers know {', '.join(SUPPORTED_MODEL_TYPES)}")
+    return found
 
 
 def _processor(name: str | None, data: DataConfig, report: Report) -> tuple[str, Any]:

@@ -83,6 +83,14 @@ class GRPOConfig(trl.GRPOConfig):
             "model that cannot do it falls back to padded rows, and one line says why."
         },
     )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token budget of one forward and backward pass: a micro-batch above it is run in several, and the "
+            "gradient is the same. Unset = one pass. A prompt counts, and is run, once in each pass that its "
+            "completions are in."
+        },
+    )
     skip_zero_advantage: bool = field(
         default=True,
         metadata={
@@ -147,6 +155,13 @@ class GRPOConfig(trl.GRPOConfig):
             )
         if self.vision_features == "cache" and "vision_encoder" in (self.trainable or ()):
             raise RecipeError("`vision_features: cache` is for a frozen vision encoder; take it out of `trainable`.")
+        if self.max_tokens_per_forward is not None and self.max_tokens_per_forward < 1:
+            raise RecipeError(f"`max_tokens_per_forward` must be at least 1, not {self.max_tokens_per_forward}.")
+        if self.max_tokens_per_forward and self.top_entropy_quantile < 1.0:
+            raise RecipeError(
+                "`top_entropy_quantile` below 1 compares all tokens of a micro-batch, `max_tokens_per_forward` splits "
+                "it: unset one of them."
+            )
         rows = self.per_device_train_batch_size * self.steps_per_generation
         if rows % self.num_generations:
             raise RecipeError(

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, TrainerState
+import torch
+import trl
+from transformers import AutoConfig, AutoModelForImageTextToText, TrainerState
+from trl.trainer.utils import disable_dropout_in_model
 
 from r1v_rl.data.chat import check_prompt_lengths, prompt_text
 from r1v_rl.errors import RewardError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.rewards import RewardStage, reward_arguments
+from r1v_rl.models.packing import why_not_packed
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.types import Completion, Example, RolloutGroup
 
@@ -19,6 +23,22 @@ def context_of(model_name_or_path: str, args: GRPOConfig) -> int:
     """Tokens that the model, or the recipe's `vllm_max_model_length`, can hold."""
     text_config = AutoConfig.from_pretrained(model_name_or_path).get_text_config()
     return args.vllm_max_model_length or text_config.max_position_embeddings
+
+
+def how_prompts_run(model: trl.ModelConfig, args: GRPOConfig) -> str:
+    """Whether an update runs each prompt once a group or once a completion, and why; without the weights."""
+    if not args.share_prefix:
+        return "every prompt is run once a completion (`share_prefix: false`)"
+    with torch.device("meta"):
+        policy = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model.model_name_or_path))
+    if args.disable_dropout:
+        disable_dropout_in_model(policy)
+    reason = why_not_packed(policy)
+    if reason is None and model.use_peft and model.lora_dropout:
+        reason = f"dropout (`lora_dropout: {model.lora_dropout}`) must draw another mask for every completion"
+    if reason:
+        return f"every prompt is run once a completion, because {reason}"
+    return "every prompt and its images are run once a group"
 
 
 def longest_prompt(examples: Sequence[Example], processor: Any, context: int, args: GRPOConfig) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,14 +18,14 @@ from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, loss_mask, model_inputs, padded, score
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
+from r1v_rl.grpo.loss import LossInputs, LossStats, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
 from r1v_rl.grpo.policy import frozen_vision, make_engine, prepare_models, reference_policy, shares_prefix
 from r1v_rl.grpo.records import completion_records, show_completions
 from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
-from r1v_rl.grpo.update import rows_to_run, spread, zero_with_gradient
+from r1v_rl.grpo.update import rows_to_run, spread, within_budget, zero_with_gradient
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
@@ -160,48 +161,64 @@ class GRPOTrainer(GRPOResume):
         return batch
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """The policy loss of rows `start:end` of the buffered generation batch."""
+        """The policy loss of rows `start:end` of the buffered generation batch, in passes within the token budget: all
+        but the last have run backward already."""
         batch, rows = self._buffer, range(inputs["start"], inputs["end"])
         assert batch is not None
+        rest = self._loss_inputs(batch, rows)
+        distributed = self.accelerator.distributed_type != DistributedType.NO
+        run = rows_to_run(batch, rows, self.args, at_least_one=distributed)
+        self.metrics.add("skipped_completions", 1 - len(run) / len(rows))
+        passes = within_budget(batch, run, self.args.max_tokens_per_forward, share_prefix=self.share_prefix)
+        if not passes:
+            return self._policy_loss(batch, rest)[0] + zero_with_gradient(model)
+        whole = replace(rest, logprobs=rest.logprobs.clone(), entropies=rest.entropies.clone())
+        ran = torch.zeros(len(rows), dtype=torch.bool, device=rest.mask.device)
+        for i, part_rows in enumerate(passes, start=1):
+            places = torch.tensor(part_rows, device=ran.device) - rows.start
+            with self.accelerator.no_sync(model) if i < len(passes) else nullcontext():  # processes meet in the last
+                logprobs, entropies = score(model, self._model_inputs(batch, part_rows))
+                part = replace(
+                    rest,
+                    logprobs=spread(logprobs, places, rest.logprobs),
+                    entropies=spread(entropies, places, rest.entropies),
+                )
+                loss, stats = self._policy_loss(batch, part)
+                if i < len(passes):
+                    self.accelerator.backward(loss)
+            whole.logprobs[places] = part.logprobs.detach()[places]
+            whole.entropies[places] = part.entropies.detach()[places]
+            ran[places] = True
+        if len(passes) > 1:  # a pass has its own gradient, but not its own share of the loss
+            value, stats = self._policy_loss(batch, whole)
+            loss = loss + (value - loss).detach()
+        seen = replace(whole, mask=whole.mask & ran[:, None])
+        self.metrics.add_update(seen, stats, sampler_logprobs=padded(batch.sampler_logprobs, rows, seen.mask))
+        return loss
+
+    def _loss_inputs(self, batch: GenerationBatch, rows: range) -> LossInputs:
+        """What is known of these rows before the policy runs; log-probabilities that give ratios near 1 stand for its
+        own."""
         mask = loss_mask(batch, rows).to(self.accelerator.device)
         old, correctable = padded(batch.old_logprobs, rows, mask), padded(self._correctable(batch), rows, mask)
-        logprobs, entropies, ran = self._score_moving(model, batch, rows, mask, old if old is not None else correctable)
-        loss_inputs = LossInputs(
-            logprobs=logprobs,
-            entropies=entropies,
+        nothing = torch.zeros(mask.shape, device=mask.device)
+        rest = old if old is not None else correctable
+        return LossInputs(
+            logprobs=nothing if rest is None else rest,
+            entropies=nothing,
             advantages=batch.advantages[rows.start : rows.stop],
             mask=mask,
             old_logprobs=old,
             reference_logprobs=padded(batch.reference_logprobs, rows, mask),
             sampler_logprobs=correctable,
         )
+
+    def _policy_loss(self, batch: GenerationBatch, inputs: LossInputs) -> tuple[Tensor, LossStats]:
         steps = self.current_gradient_accumulation_steps
         share = steps / self.args.steps_per_generation
-        normalisation = Normalisation(steps, torch.tensor(batch.process_tokens * share, device=logprobs.device))
-        kept = entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile, self.accelerator)
-        loss, stats = policy_loss(loss_inputs, self.args, normalisation, kept)
-        self.metrics.add("skipped_completions", 1.0 - ran.float().mean())
-        if not ran.any():
-            return loss + zero_with_gradient(model)
-        seen = replace(loss_inputs, mask=mask & ran[:, None])
-        self.metrics.add_update(seen, stats, sampler_logprobs=padded(batch.sampler_logprobs, rows, mask))
-        return loss
-
-    def _score_moving(
-        self, model: nn.Module, batch: GenerationBatch, rows: range, mask: Tensor, rest: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities and entropies (B, T), and which rows were run for them (B,); those that move nothing were
-        not, and have the log-probabilities `rest` (zeros where None), so that no ratio overflows."""
-        distributed = self.accelerator.distributed_type != DistributedType.NO
-        run = rows_to_run(batch, rows, self.args, at_least_one=distributed)
-        nothing = torch.zeros(mask.shape, device=mask.device)
-        rest, ran = nothing if rest is None else rest, torch.zeros(len(rows), dtype=torch.bool, device=mask.device)
-        if not run:
-            return rest, nothing, ran
-        logprobs, entropies = score(model, self._model_inputs(batch, run))
-        places = torch.tensor(run, device=mask.device) - rows.start
-        ran[places] = True
-        return spread(logprobs, places, rest), spread(entropies, places, nothing), ran
+        tokens = torch.tensor(batch.process_tokens * share, device=inputs.mask.device)
+        kept = entropy_mask(inputs.entropies.detach(), inputs.mask, self.args.top_entropy_quantile, self.accelerator)
+        return policy_loss(inputs, self.args, Normalisation(steps, tokens), kept)
 
     # ---- parts of the loop ----------------------------------------------------------------------------------------
 
@@ -280,13 +297,15 @@ class GRPOTrainer(GRPOResume):
                 batch.reference_logprobs = self._score_all(reference, batch)
 
     def _score_all(self, model: nn.Module, batch: GenerationBatch) -> list[Tensor]:
-        size, rows = self.args.per_device_train_batch_size, []
-        for start in range(0, len(batch.completion_ids), size):
-            end = min(start + size, len(batch.completion_ids))
-            inputs = self._model_inputs(batch, range(start, end))
-            logprobs, _ = score(model, inputs)
-            rows += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
-        return rows
+        size, rows = self.args.per_device_train_batch_size, range(len(batch.completion_ids))
+        found: list[Tensor] = []
+        for start in rows[::size]:
+            micro_batch, budget = rows[start : start + size], self.args.max_tokens_per_forward
+            for part in within_budget(batch, micro_batch, budget, share_prefix=self.share_prefix):
+                inputs = self._model_inputs(batch, part)
+                logprobs, _ = score(model, inputs)
+                found += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
+        return found
 
     # ---- held-out rows ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Which completions an update must run, and how the rest fill their places."""
+"""Which completions an update must run, in how many passes, and how the rest fill their places."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +31,32 @@ def rows_to_run(batch: GenerationBatch, rows: Sequence[int], args: GRPOConfig, *
         lengths = [p + len(batch.completion_ids[row]) for p, row in zip(prompt, rows, strict=True)]
         return [rows[lengths.index(min(lengths))]]
     return moving
+
+
+def within_budget(
+    batch: GenerationBatch, rows: Sequence[int], budget: int | None, *, share_prefix: bool
+) -> list[list[int]]:
+    """`rows` in as few passes, in order, as keep each within `budget` tokens; a longer row is a pass of its own.
+
+    Tokens are those that the pass computes: with `share_prefix` each prompt once, else padded rows.
+    """
+    passes: list[list[int]] = []
+    for row in rows:
+        longer = [*passes[-1], row] if passes else [row]
+        if passes and (budget is None or _tokens(batch, longer, share_prefix) <= budget):
+            passes[-1] = longer
+        else:
+            passes.append([row])
+    return passes
+
+
+def _tokens(batch: GenerationBatch, rows: list[int], share_prefix: bool) -> int:
+    owners = [row // batch.num_generations for row in rows]
+    prompts = {owner: len(batch.prompts[owner].prompt_ids) for owner in owners}
+    lengths = [len(batch.completion_ids[row]) for row in rows]
+    if share_prefix:
+        return sum(prompts.values()) + sum(lengths)
+    return len(rows) * max(prompts[owner] + length for owner, length in zip(owners, lengths, strict=True))
 
 
 def spread(values: Float[Tensor, "R t"], places: Int[Tensor, " R"], rest: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

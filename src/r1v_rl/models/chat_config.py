@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, InternVLConfig
+from transformers import CONFIG_MAPPING, InternVLConfig, InternVLVisionConfig
 
 from r1v_rl.errors import UserError
 from r1v_rl.models.compose import LANGUAGE_MODELS
 
 CHAT_TYPES = ("internvl_chat", "skywork_chat")
+VISION_TYPE = "intern_vit_6b"
+"""A published vision encoder alone: InternViT-6B, InternViT-300M."""
 VISION_DEFAULTS: Mapping[str, Any] = {
     "num_channels": 3, "patch_size": 14, "image_size": 224, "qkv_bias": False, "hidden_size": 3200,
     "num_attention_heads": 25, "intermediate_size": 12800, "qk_normalization": True, "num_hidden_layers": 48,
@@ -30,8 +32,8 @@ _CHAT_TEMPLATE = "internvl2_5"
 
 
 def is_chat_config(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is of the `internvl_chat` layout."""
-    return config.get("model_type") in CHAT_TYPES
+    """Whether a `config.json` is of the `internvl_chat` layout, a vision encoder alone included."""
+    return config.get("model_type") in (*CHAT_TYPES, VISION_TYPE)
 
 
 def ps_version(config: Mapping[str, Any]) -> str:
@@ -48,7 +50,7 @@ def transformers_config(chat: Mapping[str, Any], image_token_id: int) -> InternV
     Raises:
         UserError: If the model does what transformers' InternVL does not.
     """
-    vision = {**VISION_DEFAULTS, **chat["vision_config"]}
+    vision = vision_config(chat["vision_config"])
     llm = {key: value for key, value in chat["llm_config"].items() if key not in _NOT_OF_THE_MODEL}
     family = llm.get("model_type")
     _refuse(family not in LANGUAGE_MODELS, "llm_config.model_type", " or ".join(LANGUAGE_MODELS), family)
@@ -58,25 +60,35 @@ def transformers_config(chat: Mapping[str, Any], image_token_id: int) -> InternV
         "-1 (vLLM reads the last layer only)",
         chat.get("select_layer"),
     )
-    size = chat.get("force_image_size") or vision["image_size"]
-    _refuse(
-        size != vision["image_size"], "force_image_size", f"vision_config.image_size ({vision['image_size']})", size
-    )
-    if vision["qk_normalization"]:  # transformers has this number in the code of its norm
-        _refuse(vision["layer_norm_eps"] != 1e-6, "vision_config.layer_norm_eps", "1e-6", vision["layer_norm_eps"])
+    side = vision.image_size[0]
+    size = chat.get("force_image_size") or side
+    _refuse(size != side, "force_image_size", f"vision_config.image_size ({side})", size)
     ratio = chat.get("downsample_ratio", 0.5)
     tied = bool(llm.get("tie_word_embeddings", False))
     text = CONFIG_MAPPING[family](**llm | {"tie_word_embeddings": tied})
     dtype = chat.get("torch_dtype") or chat.get("dtype") or chat["llm_config"].get("torch_dtype") or "bfloat16"
     return InternVLConfig(
-        vision_config={theirs: vision[ours] for ours, theirs in _VISION_NAMES.items()} | {"use_mean_pooling": True},
+        vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_id=image_token_id,
-        image_seq_length=int((size // vision["patch_size"] * ratio) ** 2),
+        image_seq_length=int((size // vision.patch_size[0] * ratio) ** 2),
         downsample_ratio=ratio,
         tie_word_embeddings=tied,
         dtype=dtype,
         architectures=["InternVLForConditionalGeneration"],
+    )
+
+
+def vision_config(vision: Mapping[str, Any]) -> InternVLVisionConfig:
+    """The configuration of the same vision encoder in transformers, from a published one (InternViT's)."""
+    vision = {**VISION_DEFAULTS, **vision}
+    if vision["qk_normalization"]:  # transformers has this number in the code of its norm
+        _refuse(vision["layer_norm_eps"] != 1e-6, "vision_config.layer_norm_eps", "1e-6", vision["layer_norm_eps"])
+    return InternVLVisionConfig(
+        **{theirs: vision[ours] for ours, theirs in _VISION_NAMES.items()},
+        use_mean_pooling=True,  # which is what leaves the final norm out
+        dtype=vision.get("torch_dtype") or vision.get("dtype") or "bfloat16",
+        architectures=["InternVLVisionModel"],
     )
 
 

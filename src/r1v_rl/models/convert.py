@@ -7,7 +7,7 @@ the source after the other, bit by bit as they are.
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
+    InternVLVisionModel,
     PreTrainedTokenizerBase,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -41,6 +42,7 @@ TRANSFORMERS, CHAT = "transformers", "internvl_chat"
 LAYOUTS = (TRANSFORMERS, CHAT)
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+_VISION, _PIXELS = "vision_model.", "preprocessor_config.json"
 _STAGE_FILES = ("manifest.json", "config.yaml")
 
 
@@ -79,20 +81,23 @@ def convert_checkpoint(
         raise UserError(f"{source} is in the layout `{to}` already (model_type {config.get('model_type')!r})")
     if Path(output_dir).exists() and Path(output_dir).samefile(source):
         raise UserError(f"`output_dir` must not be the folder that is read from, received {output_dir} for both")
-    convert = _to_transformers if to == TRANSFORMERS else _to_chat
-    return convert(Path(source), Path(output_dir), config, original)
-
-
-def _to_transformers(source: Path, output_dir: Path, chat: dict[str, Any], original: str | Path | None) -> Conversion:
-    if original is not None:
+    if original is not None and to == TRANSFORMERS:
         raise UserError("`original` is for the way back to internvl_chat; leave it unset")
+    if to == CHAT:
+        return _to_chat(Path(source), Path(output_dir), original)
+    is_encoder = config["model_type"] == chat_config.VISION_TYPE
+    convert = _vision_to_transformers if is_encoder else _to_transformers
+    return convert(Path(source), Path(output_dir), config)
+
+
+def _to_transformers(source: Path, output_dir: Path, chat: dict[str, Any]) -> Conversion:
     files, version = WeightFiles(source), chat_config.ps_version(chat)
     tokenizer = _chat_tokenizer(source)
     config = chat_config.transformers_config(chat, tokenizer.context_image_token_id)
     processor = _processor(tokenizer, chat, config, version)
     shapes = _model_shapes(config)
     expected = {step.name: step.shape for step in chat_keys.steps_to_chat(shapes)[0]}
-    _check(source, expected, files.shapes, config)
+    _check(source, expected, files.shapes, _optional(config))
     steps = [step for step in chat_keys.steps_to_transformers(shapes) if step.sources[0] in files.shapes]
     _check_tied_head(files, config)
     arrange = _arrangement(version, config)
@@ -111,20 +116,50 @@ def _to_transformers(source: Path, output_dir: Path, chat: dict[str, Any], origi
     return Conversion(TRANSFORMERS, version, len(hashes), num_shards, _part_hashes(in_memory))
 
 
-def _to_chat(source: Path, output_dir: Path, _: dict[str, Any], original: str | Path | None) -> Conversion:
+def _vision_to_transformers(source: Path, output_dir: Path, published: dict[str, Any]) -> Conversion:
+    """A vision encoder alone: the names are those inside the whole model, without the prefix."""
+    files, config = WeightFiles(source), chat_config.vision_config(published)
+    with torch.device("meta"):
+        state = InternVLVisionModel(config).state_dict()
+    shapes = {f"vision_tower.{name}": tuple(weight.shape) for name, weight in state.items()}
+    expected = {step.name.removeprefix(_VISION): step.shape for step in chat_keys.steps_to_chat(shapes)[0]}
+    _check(source, expected, files.shapes)
+    steps = chat_keys.steps_to_transformers(shapes)
+    for step in steps:
+        step.name, step.sources = step.name.removeprefix("vision_tower."), [step.sources[0].removeprefix(_VISION)]
+
+    def make(step: WeightStep, weights: OpenWeights) -> Tensor:
+        tensor = weights[step.sources[0]]
+        return tensor if step.part is None else tensor.chunk(3)[step.part].clone()
+
+    hashes, num_shards = _stream(files, steps, output_dir, make)
+    config.save_pretrained(output_dir)
+    if (source / _PIXELS).exists():
+        shutil.copyfile(source / _PIXELS, output_dir / _PIXELS)
+    in_memory = {"vision_encoder": combined_hash({f"model.vision_tower.{name}": h for name, h in hashes.items()})}
+    return Conversion(TRANSFORMERS, "v2", len(hashes), num_shards, in_memory)
+
+
+def _to_chat(source: Path, output_dir: Path, original: str | Path | None) -> Conversion:
     config, files = InternVLConfig.from_pretrained(source), WeightFiles(source)
     processor = _load_processor(source)
-    version = "v1" if isinstance(processor.image_processor, TransposedTilesImageProcessor) else "v2"
+    tiles = processor.image_processor
+    version = "v1" if isinstance(tiles, TransposedTilesImageProcessor) else "v2"
+    if (list(tiles.image_mean), list(tiles.image_std)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        raise UserError(
+            f"internvl_chat's code normalises pixels with ImageNet's mean and deviation, and {source} was trained with "
+            f"{list(tiles.image_mean)}, {list(tiles.image_std)}"
+        )
     shapes = _model_shapes(config)
     if original is None:
-        described = chat_config.chat_config(config, tiles=processor.image_processor.to_dict(), version=version)
+        described = chat_config.chat_config(config, tiles=tiles.to_dict(), version=version)
     else:
         described = _original_config(Path(original), config, version)
     steps, homeless = chat_keys.steps_to_chat(shapes)
     if homeless:
         raise UserError(_listed(f"internvl_chat has no place for weights of {source}", {"without a place": homeless}))
     stored = {chat_keys.disk_name(name): name for name in files.file_of}
-    _check(source, shapes, {disk: files.shapes[name] for disk, name in stored.items()}, config)
+    _check(source, shapes, {disk: files.shapes[name] for disk, name in stored.items()}, _optional(config))
     steps = [step for step in steps if step.sources[0] in stored]
     for step in steps:
         step.sources = [stored[name] for name in step.sources]
@@ -168,12 +203,14 @@ def _stream(
 
 
 def _check(
-    source: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], config: InternVLConfig
+    source: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
 ) -> None:
     """Every weight is there, no other one is, and each has the shape that the configuration says."""
-    optional = {_HEAD} if config.tie_word_embeddings else set()
     problems = {
-        "missing": sorted(expected.keys() - found.keys() - optional),
+        "missing": sorted(expected.keys() - found.keys() - set(optional)),
         "left over": sorted(found.keys() - expected.keys()),
         "of another shape": [
             f"{name}: {list(found[name])} instead of {list(shape)}"
@@ -183,6 +220,11 @@ def _check(
     }
     if any(problems.values()):
         raise UserError(_listed(f"the weights of {source} are not those that its config.json describes", problems))
+
+
+def _optional(config: InternVLConfig) -> list[str]:
+    """A head that is tied to the embedding may be stored or not."""
+    return [_HEAD] if config.tie_word_embeddings else []
 
 
 def _listed(what: str, problems: Mapping[str, list[str]]) -> str:
@@ -231,7 +273,7 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"`model_name_or_path` must be a folder with a config.json; {folder} has none")
     config = json.loads(path.read_text())
     if not chat_config.is_chat_config(config) and config.get("model_type") != "internvl":
-        types = ", ".join((*chat_config.CHAT_TYPES, "internvl"))
+        types = ", ".join((*chat_config.CHAT_TYPES, chat_config.VISION_TYPE, "internvl"))
         raise UserError(f"{path} must be of model_type {types}, received {config.get('model_type')!r}")
     return config
 

@@ -67,7 +67,8 @@ def encoder_type(folder: str | Path) -> str:
         kind = AutoConfig.from_pretrained(folder).model_type
     except (OSError, ValueError) as error:
         raise UserError(
-            f"`vision_encoder` must be a model folder or hub id; {folder} cannot be read: {error}"
+            f"`vision_encoder` must be a model folder or hub id (a published InternViT or internvl_chat checkpoint is "
+            f"converted first: `r1v-rl convert`); {folder} cannot be read: {error}"
         ) from error
     _refuse_misfit(kind, folder)
     return kind

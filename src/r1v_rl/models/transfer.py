@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import r1v_rl.data.transposed_tiles  # noqa: F401  (makes its image processor known by name)
 from r1v_rl.errors import UserError
 from r1v_rl.models.compose import join_parts, load_language_model, load_tokenizer, make_processor
 from r1v_rl.models.image_tokens import add_image_tokens, generation_prompt
@@ -93,7 +94,10 @@ def substitute_config(folder: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"`projector_from` must be a model folder; {folder} cannot be read: {error}") from error
+        raise UserError(
+            f"`projector_from` must be a model folder (a published internvl_chat checkpoint is converted first: "
+            f"`r1v-rl convert`); {folder} cannot be read: {error}"
+        ) from error
     if config.model_type != "internvl":
         raise UserError(
             f"`projector_from` must be a composed model (`internvl`), whose projector moves; {folder} is a "
