@@ -159,7 +159,7 @@ class Packed(Side):
             return SFTTrainer(model, args, self.rows, processing_class=self.processor)
 
         seconds = self.timed(make)
-        self.padding = statistics.mean(self.trainer._metrics["train"]["packing/padding_share"])
+        self.padding = self.trainer.state.log_history[-1]["packing/padding_share"]
         return seconds
 
 
