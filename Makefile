@@ -55,7 +55,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 pytest: $(SMALL)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache .mypy_cache
