@@ -6,8 +6,8 @@ import trl
 
 from r1v_rl.config import HeldoutConfig
 from r1v_rl.errors import RecipeError
-from r1v_rl.models.parts import PARTS
 from r1v_rl.scoring.rules import RewardSettings
+from r1v_rl.training.trained_parts import TrainedPartsConfig
 
 REFUSED_KEYS = {
     "cache_implementation": "completions come from vLLM, or from transformers' own default cache",
@@ -32,12 +32,11 @@ REFUSED_KEYS = {
 """TRL keys that are not implemented, each with the reason. Any value but TRL's default is an error, never ignored."""
 
 _REWARDS = RewardSettings()
-VISION_FEATURES = ("recompute", "cache")
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo")
 
 
 @dataclass
-class GRPOConfig(trl.GRPOConfig):
+class GRPOConfig(TrainedPartsConfig, trl.GRPOConfig):
     """`trl.GRPOConfig` (1.16) and the keys below. TRL's keys mean what they mean there.
 
     One default differs: `vllm_importance_sampling_mode` is `token_mask`, since TRL's `sequence_mask` sums the
@@ -47,19 +46,6 @@ class GRPOConfig(trl.GRPOConfig):
     vllm_importance_sampling_mode: str = field(
         default="token_mask",
         metadata={"help": "How rollouts are corrected: token_mask, token_truncate, sequence_mask, sequence_truncate."},
-    )
-    trainable: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that train: any of vision_encoder, projector, language_model; the rest stays frozen. "
-            "Unset = projector and language_model, or the LoRA adapter where there is one."
-        },
-    )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector; `learning_rate` where unset."}
-    )
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision encoder; `learning_rate` where unset."}
     )
     reward_timeout_s: float = field(
         default=_REWARDS.reward_timeout_s,
@@ -99,18 +85,6 @@ class GRPOConfig(trl.GRPOConfig):
             "effect where beta, entropy_coef or top_entropy_quantile need every completion."
         },
     )
-    vision_features: str = field(
-        default="recompute",
-        metadata={
-            "help": "What a frozen vision encoder sees in a picture: recompute it once a rollout, or cache it in main "
-            "memory, for rows that come again.",
-            "choices": list(VISION_FEATURES),
-        },
-    )
-    vision_cache_memory_bytes: int = field(
-        default=4 * 2**30,
-        metadata={"help": "Memory of `vision_features: cache` in bytes, per process; what was used last stays."},
-    )
     save_rollouts: bool = field(default=True, metadata={"help": "Keep every rollout in output_dir/rollouts."})
 
     def __post_init__(self) -> None:
@@ -147,14 +121,7 @@ class GRPOConfig(trl.GRPOConfig):
             )
         if self.scale_rewards not in ("group", "batch", "none"):
             raise RecipeError(f"`scale_rewards` must be group, batch or none, not `{self.scale_rewards}`.")
-        if self.trainable is not None and (not self.trainable or set(self.trainable) - set(PARTS)):
-            raise RecipeError(f"`trainable` must name parts of {', '.join(PARTS)}; received {self.trainable}.")
-        if self.vision_features not in VISION_FEATURES:
-            raise RecipeError(
-                f"`vision_features` must be {' or '.join(VISION_FEATURES)}, not `{self.vision_features}`."
-            )
-        if self.vision_features == "cache" and "vision_encoder" in (self.trainable or ()):
-            raise RecipeError("`vision_features: cache` is for a frozen vision encoder; take it out of `trainable`.")
+        self.check_parts()
         if self.max_tokens_per_forward is not None and self.max_tokens_per_forward < 1:
             raise RecipeError(f"`max_tokens_per_forward` must be at least 1, not {self.max_tokens_per_forward}.")
         if self.max_tokens_per_forward and self.top_entropy_quantile < 1.0:

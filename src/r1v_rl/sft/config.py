@@ -6,8 +6,8 @@ from typing import ClassVar
 import trl
 
 from r1v_rl.errors import RecipeError
-from r1v_rl.models.parts import PARTS
 from r1v_rl.recipe_values import convert
+from r1v_rl.training.trained_parts import TrainedPartsConfig
 
 REFUSED_KEYS = {
     "assistant_only_loss": "the loss is on the last turn of the assistant alone, in every row",
@@ -31,11 +31,10 @@ REFUSED_KEYS = {
 _EQUAL_TO_DEFAULT = {"completion_only_loss": (True,), "pad_to_multiple_of": (None,), "eval_packing": ()}
 SAMPLING = ("random", "sequential")
 LOSS_WEIGHTING = ("token", "sqrt_length")
-VISION_FEATURES = ("recompute", "cache")
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
+class SFTConfig(TrainedPartsConfig, trl.SFTConfig):
     """`trl.SFTConfig` (1.16) and the keys below. TRL's keys mean what they mean there; `packing` takes pictures too.
 
     With `packing` a batch is `per_device_train_batch_size` rows of at most `max_length` tokens, each with as many
@@ -44,31 +43,6 @@ class SFTConfig(trl.SFTConfig):
 
     dataset_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further arguments of `scenes`, such as {chains: mixed, num_images: 1}."}
-    )
-    trainable: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that train: any of vision_encoder, projector, language_model; the rest stays frozen. "
-            "Unset = projector and language_model, or the LoRA adapter where there is one."
-        },
-    )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector; `learning_rate` where unset."}
-    )
-    vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision encoder; `learning_rate` where unset."}
-    )
-    vision_features: str = field(
-        default="recompute",
-        metadata={
-            "help": "What a frozen vision encoder sees in a picture: recompute it at each use, or cache it in main "
-            "memory, for several epochs or many rows over few pictures.",
-            "choices": list(VISION_FEATURES),
-        },
-    )
-    vision_cache_memory_bytes: int = field(
-        default=4 * 2**30,
-        metadata={"help": "Memory of `vision_features: cache` in bytes, per process; what was seen first stays."},
     )
     loss_weighting: str = field(
         default="token",
@@ -111,17 +85,13 @@ class SFTConfig(trl.SFTConfig):
         for key, choices in {
             "train_sampling_strategy": SAMPLING,
             "loss_weighting": LOSS_WEIGHTING,
-            "vision_features": VISION_FEATURES,
             "loss_type": ("nll", "dft"),
         }.items():
             if (value := getattr(self, key)) not in choices:
                 raise RecipeError(f"`{key}` must be {' or '.join(choices)}, not `{value}`.")
-        if self.trainable is not None and (not self.trainable or set(self.trainable) - set(PARTS)):
-            raise RecipeError(f"`trainable` must name parts of {', '.join(PARTS)}; received {self.trainable}.")
+        self.check_parts()
         if self.packing and self.max_length is None:
             raise RecipeError("`packing` needs `max_length`: the tokens of a packed row.")
-        if self.vision_features == "cache" and "vision_encoder" in (self.trainable or ()):
-            raise RecipeError("`vision_features: cache` is for a frozen vision encoder; take it out of `trainable`.")
 
 
 @dataclass
