@@ -51,10 +51,8 @@ def _add_all() -> None:
         _add(f"scale{scale}", 1, **{f"degrees {scale}": 1})
     _add("dollar dollars USD usd", 1, dollar=1)
     _add("cent cents", "1/100", dollar=1)
-    _add("euro euros EUR", 1, euro=1)
-    _add("GBP", 1, sterling=1)
-    _add("yen JPY", 1, yen=1)
-    _add("rupee rupees INR", 1, rupee=1)
+    for names in ("euro euros EUR", "GBP", "yen JPY", "rupee rupees INR"):
+        _add(names, 1, **{names: 1})
     _add("公斤 千克", 1000, g=1)
     _add("克", 1, g=1)
     _add("公里 千米", 1000, m=1)
