@@ -65,6 +65,13 @@ class GRPOConfig(trl.GRPOConfig):
         default=_REWARDS.reward_timeout_s,
         metadata={"help": "Seconds after which the worker that judges one answer is killed."},
     )
+    reward_failure: str = field(
+        default=_REWARDS.reward_failure,
+        metadata={
+            "help": "When a reward function of yours fails: abort the run, or skip that reward for its rows.",
+            "choices": ["abort", "skip"],
+        },
+    )
     reward_workers: int = field(default=_REWARDS.reward_workers, metadata={"help": "Processes that judge answers."})
     format_pattern: str = field(
         default=_REWARDS.format_pattern,

@@ -23,9 +23,13 @@ class RewardSettings:
     format_pattern: str = DEFAULT_FORMAT_PATTERN
     """What `format` looks for with `re.search` in the completion, the prompt's `<think>` put back."""
     reward_timeout_s: float = DEFAULT_TIMEOUT_S
-    """Deadline for judging one answer, or for one search of a pattern of one's own."""
+    """Deadline for judging one answer, or for one search of a pattern of one's own. A call of a reward function of
+    one's own has as much time for each completion that it is given."""
     reward_workers: int = DEFAULT_NUM_WORKERS
     """Grader processes of this rank."""
+    reward_failure: str = "abort"
+    """What happens when a reward function of one's own fails: `abort` ends the run, `skip` leaves the rows without
+    that reward."""
     prompt_opens_think: bool | None = None
     """Whether the chat template opens `<think>` for the model. Set, a completion that never closes it has no answer;
     None infers it from each completion."""
@@ -36,6 +40,8 @@ class RewardSettings:
         check_timeout(self.reward_timeout_s)
         if not isinstance(self.reward_workers, int) or self.reward_workers < 1:
             raise RewardError(f"reward_workers must be a whole number of at least 1; received {self.reward_workers!r}")
+        if self.reward_failure not in ("abort", "skip"):
+            raise RewardError(f"reward_failure must be abort or skip; received {self.reward_failure!r}")
         try:
             re.compile(self.format_pattern)
         except re.error as error:
