@@ -103,7 +103,7 @@ def test_a_dotted_path_names_a_function_of_an_installed_module():
     [
         ("acuracy", "did you mean 'accuracy'"),
         ("org/model", "a reward model is not supported"),
-        ("no_such_module.reward", "must be one of accuracy, format"),
+        ("no_such_module.reward", "must be one of accuracy, cosine, format, judge, length"),
         ("math.no_such", "has no function 'no_such'"),
         ("nowhere.py:reward", r"nowhere\.py must be a file; it is not there"),
         (f"{REWARDS}/easyr1_style.py", "needs the name of a function"),

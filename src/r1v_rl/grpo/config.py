@@ -7,6 +7,7 @@ import trl
 from r1v_rl.config import HeldoutConfig
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.parts import PARTS
+from r1v_rl.scoring.config import NamedRewardConfig
 from r1v_rl.scoring.rules import RewardSettings
 
 REFUSED_KEYS = {
@@ -37,7 +38,7 @@ LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo")
 
 
 @dataclass
-class GRPOConfig(trl.GRPOConfig):
+class GRPOConfig(NamedRewardConfig, trl.GRPOConfig):
     """`trl.GRPOConfig` (1.16) and the keys below. TRL's keys mean what they mean there.
 
     One default differs: `vllm_importance_sampling_mode` is `token_mask`, since TRL's `sequence_mask` sums the

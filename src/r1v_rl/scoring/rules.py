@@ -1,15 +1,19 @@
-"""The rewards that can be named in a recipe without a file: `accuracy` and `format`, in TRL's signature."""
+"""The rewards that can be named in a recipe without a file, in TRL's signature: `accuracy`, `format`, and a list."""
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from r1v_rl.errors import RewardError
+from r1v_rl.scoring.answers import Verdict
 from r1v_rl.scoring.extraction import ANSWER_KINDS
 from r1v_rl.scoring.format import DEFAULT_FORMAT_PATTERN, has_format, with_prompt_think
 from r1v_rl.scoring.workers import DEFAULT_NUM_WORKERS, DEFAULT_TIMEOUT_S, check_timeout, reason_rates, shared_pool
 
+Reward = Callable[..., list[float | None]]
+"""A function in TRL's signature."""
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "label")
 """Names of the gold's column; the first that is present is taken."""
 
@@ -30,6 +34,25 @@ class RewardSettings:
     reward_failure: str = "abort"
     """What happens when a reward function of one's own fails: `abort` ends the run, `skip` leaves the rows without
     that reward."""
+    cosine_min_value_wrong: float = -1.0
+    cosine_max_value_wrong: float = -0.5
+    cosine_min_value_correct: float = 0.5
+    cosine_max_value_correct: float = 1.0
+    cosine_max_len: int = 1000
+    repetition_n_grams: int = 3
+    repetition_max_penalty: float = -1.0
+    max_completion_len: int | None = None
+    max_completion_length: int | None = None
+    """TRL's limit of a completion, taken where `max_completion_len` is unset."""
+    soft_punish_cache: int = 4096
+    judge_model: str | None = None
+    judge_base_url: str | None = None
+    judge_api_key_env: str = "OPENAI_API_KEY"
+    judge_kwargs: dict | str | None = None
+    judge_timeout_s: float = 60.0
+    judge_max_retries: int = 5
+    output_dir: str | None = None
+    """Where the judge's replies are kept."""
     prompt_opens_think: bool | None = None
     """Whether the chat template opens `<think>` for the model. Set, a completion that never closes it has no answer;
     None infers it from each completion."""
@@ -62,7 +85,28 @@ def gold_column(columns: dict[str, Any]) -> str | None:
     return next((name for name in ANSWER_COLUMNS if columns.get(name) is not None), None)
 
 
-def accuracy_reward(settings: RewardSettings) -> Callable[..., list[float | None]]:
+def judged(completions: Sequence[Any], settings: RewardSettings, columns: dict[str, Any], reward: str) -> list[Verdict]:
+    """The judge's verdict on each completion against the gold of its row.
+
+    Raises:
+        RewardError: If there is no column with gold answers; `reward` names who needs it.
+    """
+    gold = gold_column(columns)
+    if gold is None:
+        raise RewardError(
+            f"the {reward} reward needs a dataset column named {', '.join(ANSWER_COLUMNS[:-1])} or "
+            f"{ANSWER_COLUMNS[-1]}; "
+            f"received {', '.join(sorted(columns)) or 'none'}: rename the column, or take {reward} out of "
+            "reward_funcs"
+        )
+    texts = [with_prompt_think(completion_text(item), settings.prompt_opens_think) for item in completions]
+    kinds = [kind or settings.answer_kind for kind in columns.get("answer_kind") or [None] * len(texts)]
+    return shared_pool(settings.reward_workers).judge_answers(
+        texts, columns[gold], kinds, columns.get("choices"), settings.reward_timeout_s
+    )
+
+
+def accuracy_reward(settings: RewardSettings) -> Reward:
     """The reward 1.0 for a right final answer, 0.0 for any other, None where nobody can tell (`Verdict.correct`)."""
 
     def accuracy(
@@ -71,19 +115,7 @@ def accuracy_reward(settings: RewardSettings) -> Callable[..., list[float | None
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        gold = gold_column(columns)
-        if gold is None:
-            raise RewardError(
-                f"the accuracy reward needs a dataset column named {', '.join(ANSWER_COLUMNS[:-1])} or "
-                f"{ANSWER_COLUMNS[-1]}; "
-                f"received {', '.join(sorted(columns)) or 'none'}: rename the column, or take accuracy out of "
-                "reward_funcs"
-            )
-        texts = [with_prompt_think(completion_text(item), settings.prompt_opens_think) for item in completions]
-        kinds = [kind or settings.answer_kind for kind in columns.get("answer_kind") or [None] * len(texts)]
-        verdicts = shared_pool(settings.reward_workers).judge_answers(
-            texts, columns[gold], kinds, columns.get("choices"), settings.reward_timeout_s
-        )
+        verdicts = judged(completions, settings, columns, "accuracy")
         if log_extra is not None:
             log_extra("parsed_answer", [item.answer for item in verdicts])
             log_extra("verdict", [item.reason for item in verdicts])
@@ -95,7 +127,7 @@ def accuracy_reward(settings: RewardSettings) -> Callable[..., list[float | None
     return accuracy
 
 
-def format_reward(settings: RewardSettings) -> Callable[..., list[float | None]]:
+def format_reward(settings: RewardSettings) -> Reward:
     """The reward 1.0 for a completion in the wanted format, else 0.0; None where a pattern of one's own timed out."""
 
     def format(completions: Sequence[Any], **_: Any) -> list[float | None]:
@@ -111,9 +143,30 @@ def format_reward(settings: RewardSettings) -> Callable[..., list[float | None]]
     return format
 
 
-BUILT_IN: dict[str, Callable[[RewardSettings], Callable[..., list[float | None]]]] = {
+def _later(module: str, name: str) -> Callable[[RewardSettings], Reward]:
+    """A reward whose module is imported when a recipe names it."""
+
+    def make(settings: RewardSettings) -> Reward:
+        return getattr(importlib.import_module(f"r1v_rl.scoring.{module}"), f"{name}_reward")(settings)
+
+    return make
+
+
+BUILT_IN: dict[str, Callable[[RewardSettings], Reward]] = {
     "accuracy": accuracy_reward,
     "format": format_reward,
+    **{
+        name: _later("shaping", name)
+        for name in (
+            "tag_count",
+            "reasoning_steps",
+            "cosine",
+            "length",
+            "repetition_penalty",
+            "soft_overlong_punishment",
+        )
+    },
+    "judge": _later("verifier", "judge"),
 }
 
 
