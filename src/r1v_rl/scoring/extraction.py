@@ -237,7 +237,7 @@ def _concluded(text: str) -> str | None:
 def _only_number_of_last_line(text: str) -> str | None:
     lines = text.split("\n")
     last_line = next((line for line in reversed(lines) if line.strip()), "")
-    found = {match[0] for match in _NUMBER.finditer(last_line)}
+    found = set() if _DOUBT.search(last_line) else {match[0] for match in _NUMBER.finditer(last_line)}
     return found.pop() if len(found) == 1 else None
 
 

@@ -118,15 +118,10 @@ def judge_reward(settings: RewardSettings) -> Reward:
         for row, item in enumerate(verdicts):
             if golds[row] is None or not needs_judge(item, kinds[row] or settings.answer_kind):
                 continue
-            answer = str(item.answer)
-            if len(answer) >= MAX_SHOWN_CHARS or is_master_key(answer):
+            if len(str(item.answer)) >= MAX_SHOWN_CHARS or is_master_key(str(item.answer)):
                 rewards[row] = 0.0
                 continue
-            text = _PROMPT.format(
-                question=_question(prompts[row]) if prompts is not None else "(not given)",
-                gold=json.dumps(str(golds[row])),
-                answer=json.dumps(answer, ensure_ascii=False),
-            )
+            text = _filled(None if prompts is None else prompts[row], golds[row], str(item.answer))
             questions[row] = ChatQuestion(str(ids[row]), text)
         try:
             if questions and not stores:
@@ -147,6 +142,11 @@ def judge_reward(settings: RewardSettings) -> Reward:
         return rewards
 
     return judge
+
+
+def _filled(prompt: Any, gold: Any, answer: str) -> str:
+    question = "(not given)" if prompt is None else _question(prompt)
+    return _PROMPT.format(question=question, gold=json.dumps(str(gold)), answer=json.dumps(answer, ensure_ascii=False))
 
 
 def _question(prompt: Any) -> str:
