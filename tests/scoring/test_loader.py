@@ -237,3 +237,16 @@ def test_a_compute_score_without_overall_is_refused(tmp_path):
     path.write_text("def compute_score(reward_inputs):\n    return [{'accuracy': 1.0}]\n")
     with pytest.raises(RewardError, match="dicts with the key 'overall'; row 0"):
         load_rewards([f"{path}:compute_score"])[0](**batch("a", answer=["1"]))
+
+
+def test_a_run_stops_when_judging_fails_too_often():
+    reward = load_rewards(["accuracy"], SimpleNamespace(reward_failure_limit=0.05))[0]
+    for _ in range(49):
+        assert reward(**batch(GOOD, "\\boxed{6}"), answer=["5", "\\frac{"])[1] is None
+    with pytest.raises(RewardError, match=r"50 of the last 100 answers could not be judged \(50.0%; .*unparsable 1"):
+        reward(**batch(GOOD, "\\boxed{6}"), answer=["5", "\\frac{"])
+    reward_all = load_rewards(["accuracy"], SimpleNamespace(reward_failure_limit=1.0))[0]
+    for _ in range(60):
+        reward_all(**batch("\\boxed{6}"), answer=["\\frac{"])
+    with pytest.raises(ValueError, match="reward_failure_limit must lie between 0 and 1"):
+        load_rewards(["accuracy"], SimpleNamespace(reward_failure_limit=2.0))

@@ -73,6 +73,10 @@ class GRPOConfig(NamedRewardConfig, trl.GRPOConfig):
             "choices": ["abort", "skip"],
         },
     )
+    reward_failure_limit: float = field(
+        default=_REWARDS.reward_failure_limit,
+        metadata={"help": "Share of answers of the last 50 steps that may go unjudged before the run stops; 1 = all."},
+    )
     reward_workers: int = field(default=_REWARDS.reward_workers, metadata={"help": "Processes that judge answers."})
     format_pattern: str = field(
         default=_REWARDS.format_pattern,

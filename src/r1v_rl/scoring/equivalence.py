@@ -9,6 +9,7 @@ import contextlib
 import logging
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig, is_expr_of_only_symbols, latex2sympy, normalize_latex
@@ -56,6 +57,7 @@ class Unreadable(Exception):
     """`gold` or `answer`."""
 
 
+@lru_cache(maxsize=512)
 def read_formula(text: str) -> Any:
     """The sympy expression of a formula, the whole of it.
 

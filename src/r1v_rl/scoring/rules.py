@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from r1v_rl.scoring.workers import DEFAULT_NUM_WORKERS, DEFAULT_TIMEOUT_S, check
 
 Reward = Callable[..., list[float | None]]
 """A function in TRL's signature."""
+GUARDED_STEPS = 50
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "label")
 """Names of the gold's column; the first that is present is taken."""
 
@@ -34,6 +36,9 @@ class RewardSettings:
     reward_failure: str = "abort"
     """What happens when a reward function of one's own fails: `abort` ends the run, `skip` leaves the rows without
     that reward."""
+    reward_failure_limit: float = 0.05
+    """Share of answers over the last 50 steps that may time out or be left unjudged by `accuracy` before the run
+    stops; 1 never stops it."""
     cosine_min_value_wrong: float = -1.0
     cosine_max_value_wrong: float = -0.5
     cosine_min_value_correct: float = 0.5
@@ -63,6 +68,8 @@ class RewardSettings:
         check_timeout(self.reward_timeout_s)
         if not isinstance(self.reward_workers, int) or self.reward_workers < 1:
             raise RewardError(f"reward_workers must be a whole number of at least 1; received {self.reward_workers!r}")
+        if not 0 <= self.reward_failure_limit <= 1:
+            raise RewardError(f"reward_failure_limit must lie between 0 and 1; received {self.reward_failure_limit!r}")
         if self.reward_failure not in ("abort", "skip"):
             raise RewardError(f"reward_failure must be abort or skip; received {self.reward_failure!r}")
         try:
@@ -106,8 +113,35 @@ def judged(completions: Sequence[Any], settings: RewardSettings, columns: dict[s
     )
 
 
+class FailureGuard:
+    """Ends a run whose answers cannot be judged: a timeout or a missing verdict is not a wrong answer."""
+
+    def __init__(self, limit: float, num_steps: int = GUARDED_STEPS):
+        self._limit = limit
+        self._steps: deque[tuple[int, int]] = deque(maxlen=num_steps)
+
+    def add(self, verdicts: Sequence[Verdict]) -> None:
+        """Count one step's verdicts.
+
+        Raises:
+            RewardError: If more than the limit failed over the last steps.
+        """
+        failed = [item for item in verdicts if item.correct is None or item.reason == "timeout"]
+        self._steps.append((len(failed), len(verdicts)))
+        num_failed, total = (sum(values) for values in zip(*self._steps, strict=True))
+        if len(self._steps) == self._steps.maxlen and num_failed > self._limit * total:
+            counts = Counter(item.reason for item in failed)
+            raise RewardError(
+                f"{num_failed} of the last {total} answers could not be judged ({num_failed / total:.1%}; of this step "
+                f"{', '.join(f'{reason} {number}' for reason, number in counts.items()) or 'none'}): see "
+                "`verdict` in the rollouts; raise reward_timeout_s, mend the gold answers, or raise reward_failure_limit"
+            )
+
+
 def accuracy_reward(settings: RewardSettings) -> Reward:
     """The reward 1.0 for a right final answer, 0.0 for any other, None where nobody can tell (`Verdict.correct`)."""
+
+    guard = FailureGuard(settings.reward_failure_limit)
 
     def accuracy(
         completions: Sequence[Any],
@@ -122,6 +156,7 @@ def accuracy_reward(settings: RewardSettings) -> Reward:
         if log_metric is not None:
             for name, rate in reason_rates(verdicts).items():
                 log_metric(name, rate)
+        guard.add(verdicts)
         return [None if item.correct is None else float(item.correct) for item in verdicts]
 
     return accuracy
