@@ -39,6 +39,14 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "r1v_rl.check.main:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),
+    "judge": Command(
+        "r1v_rl.scoring.judge_main:main",
+        "grade a jsonl of `gold` and `completion` with the accuracy reward's own judge",
+    ),
+    "reward-check": Command(
+        "r1v_rl.scoring.reward_check:main", "run rewards against gold, empty, echoed and gaming answers"
+    ),
+    "rescore": Command("r1v_rl.scoring.rescore_main:main", "apply other rewards to the stored rollouts of a run"),
     "report": Command("r1v_rl.tracking.report:main", "one HTML page for a run's folder"),
 }
 

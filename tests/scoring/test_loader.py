@@ -103,7 +103,7 @@ def test_a_dotted_path_names_a_function_of_an_installed_module():
     [
         ("acuracy", "did you mean 'accuracy'"),
         ("org/model", "a reward model is not supported"),
-        ("no_such_module.reward", "must be one of accuracy, format"),
+        ("no_such_module.reward", "must be one of accuracy, cosine, format, judge, length"),
         ("math.no_such", "has no function 'no_such'"),
         ("nowhere.py:reward", r"nowhere\.py must be a file; it is not there"),
         (f"{REWARDS}/easyr1_style.py", "needs the name of a function"),
@@ -237,3 +237,16 @@ def test_a_compute_score_without_overall_is_refused(tmp_path):
     path.write_text("def compute_score(reward_inputs):\n    return [{'accuracy': 1.0}]\n")
     with pytest.raises(RewardError, match="dicts with the key 'overall'; row 0"):
         load_rewards([f"{path}:compute_score"])[0](**batch("a", answer=["1"]))
+
+
+def test_a_run_stops_when_judging_fails_too_often():
+    reward = load_rewards(["accuracy"], SimpleNamespace(reward_failure_limit=0.05))[0]
+    for _ in range(49):
+        assert reward(**batch(GOOD, "\\boxed{6}"), answer=["5", "\\frac{"])[1] is None
+    with pytest.raises(RewardError, match=r"50 of the last 100 answers could not be judged \(50.0%; .*unparsable 1"):
+        reward(**batch(GOOD, "\\boxed{6}"), answer=["5", "\\frac{"])
+    reward_all = load_rewards(["accuracy"], SimpleNamespace(reward_failure_limit=1.0))[0]
+    for _ in range(60):
+        reward_all(**batch("\\boxed{6}"), answer=["\\frac{"])
+    with pytest.raises(ValueError, match="reward_failure_limit must lie between 0 and 1"):
+        load_rewards(["accuracy"], SimpleNamespace(reward_failure_limit=2.0))

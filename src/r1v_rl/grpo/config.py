@@ -6,6 +6,7 @@ import trl
 
 from r1v_rl.config import HeldoutConfig
 from r1v_rl.errors import RecipeError
+from r1v_rl.scoring.config import NamedRewardConfig
 from r1v_rl.scoring.rules import RewardSettings
 from r1v_rl.training.trained_parts import TrainedPartsConfig
 
@@ -36,7 +37,7 @@ LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo")
 
 
 @dataclass
-class GRPOConfig(TrainedPartsConfig, trl.GRPOConfig):
+class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
     """`trl.GRPOConfig` (1.16) and the keys below. TRL's keys mean what they mean there.
 
     One default differs: `vllm_importance_sampling_mode` is `token_mask`, since TRL's `sequence_mask` sums the
@@ -50,6 +51,17 @@ class GRPOConfig(TrainedPartsConfig, trl.GRPOConfig):
     reward_timeout_s: float = field(
         default=_REWARDS.reward_timeout_s,
         metadata={"help": "Seconds after which the worker that judges one answer is killed."},
+    )
+    reward_failure: str = field(
+        default=_REWARDS.reward_failure,
+        metadata={
+            "help": "When a reward function of yours fails: abort the run, or skip that reward for its rows.",
+            "choices": ["abort", "skip"],
+        },
+    )
+    reward_failure_limit: float = field(
+        default=_REWARDS.reward_failure_limit,
+        metadata={"help": "Share of answers of the last 50 steps that may go unjudged before the run stops; 1 = all."},
     )
     reward_workers: int = field(default=_REWARDS.reward_workers, metadata={"help": "Processes that judge answers."})
     format_pattern: str = field(

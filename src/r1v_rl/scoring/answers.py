@@ -8,12 +8,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
 
 from r1v_rl.errors import UserError
-from r1v_rl.scoring.exact import read_number, same_number
-from r1v_rl.scoring.extraction import ANSWER_KINDS, last_box, last_formula
+from r1v_rl.scoring.exact import ExactNumber, read_number, same_number
+from r1v_rl.scoring.extraction import ANSWER_KINDS, find_stated, last_boxes, last_formula
+from r1v_rl.scoring.units import Quantity, read_quantity
 
 Reason = Literal["right", "wrong", "no answer", "unparsable", "timeout", "crashed"]
 REASONS: tuple[Reason, ...] = ("right", "wrong", "no answer", "unparsable", "timeout", "crashed")
@@ -48,10 +50,12 @@ _SYMBOLS = str.maketrans(
     }
 )
 _SAME_COMMAND = re.compile(r"\\(?:displaystyle|left|right|!)(?![A-Za-z])|\\(?:d|t|c)frac(?![A-Za-z])|\\[;:] ?|~|\s+")
-_TEXT_WRAP = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s?\{([^{}]*)\}")
-_NUMBER_MARKS = re.compile(r"^(?:\\?\$|[€£¥₹])\s?|\s?\^\s?(?:\\circ|\{\s?\\circ\s?\})\s?$|\s?\\degree\s?$|[.,]$")
+_TEXT_WRAP = re.compile(r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s?\{([^{}]*)\}")
+_INLINE = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _GLUE = re.compile(r"(?<![0-9A-Za-z}]) +| +(?![0-9A-Za-z\\{])")
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])[)\]*]*\s*(?:[.):]+\s*(.*))?", re.DOTALL)
+_LETTER_AND_TEXT = re.compile(r"(?:\((?=[A-Z]\))|(?=[B-HJ-Z]\s))([A-Z])\)?\s+(.+)|([A-Z])\s*(\(.+\))\.?", re.DOTALL)
+"""`(B) red`, `B (red)` and `B red`; `A` and `I` without a mark may be words."""
 _WORDS = re.compile(r"[^\W\d_]{2,}+(?:[ -][^\W\d_]++)*+")
 _LONG_WORDS = re.compile(r"[^\W\d_]{4,}+|[^\W\d_]{2,}+(?: [^\W\d_]{2,}+)++")
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
@@ -79,7 +83,8 @@ def verdict(correct: bool | None, answer: str | None, reason: Reason | None = No
 def parse_gold(answer: Any, kind: str = "math") -> str:
     """The gold as the text that answers are compared with: out of its box, `####` mark or math delimiters.
 
-    The whole of the remaining text is the gold, never a number found in it.
+    The whole of the remaining text is the gold, never a number found in it. A worked solution that says `the answer is`
+    states its gold there.
 
     Raises:
         UserError: If it is empty, not a string or a number, or `kind` is unknown.
@@ -89,11 +94,11 @@ def parse_gold(answer: Any, kind: str = "math") -> str:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UserError(f"the gold answer must be a string or a number; received {type(answer).__name__}")
     text = str(answer).strip()
-    box = last_box(text)
+    box = last_boxes(text)
     if box is not None:
         text = box
-    elif "####" in text:
-        text = text.rpartition("####")[2]
+    elif kind != "text" and (stated := find_stated(text)):
+        text = stated
     elif text[:1] == "$" or text[:2] in (r"\(", r"\["):
         formula = last_formula(text)
         if formula is not None and len(formula) >= len(text) - 6:
@@ -125,9 +130,12 @@ def quick_verdict(answer: str, gold: str, kind: str = "math", choices: Sequence[
         return verdict(plain_text(answer) == plain_text(gold), answer)
     if re.fullmatch(r"[A-J]", plain_math(gold)):
         return verdict(_letter(answer, None) == plain_math(gold), answer)
-    gold_number, answer_number = read_number(_number_text(gold)), read_number(_number_text(answer))
+    gold_quantity, answer_quantity = read_quantity(plain_math(gold)), read_quantity(plain_math(answer))
+    if units_conflict(gold_quantity, answer_quantity):
+        return verdict(False, answer)
+    gold_number, answer_number = _number(gold_quantity.value), _number(answer_quantity.value)
     if gold_number is not None and answer_number is not None:
-        return verdict(same_number(gold_number, answer_number), answer)
+        return verdict(_same_quantity(gold_quantity, gold_number, answer_quantity, answer_number), answer)
     if len(answer) > MAX_ANSWER_CHARS:
         return verdict(False, answer, "unparsable")
     return None
@@ -138,7 +146,7 @@ def plain_math(text: str) -> str:
 
     Superscript digits stay as they are: folding them would turn 5² into 52.
     """
-    text = text.translate(_SYMBOLS)
+    text = _INLINE.sub(r"\1", text).translate(_SYMBOLS)
     if not text.isascii():
         text = "".join(_ascii(char) for char in text)
     text = _SAME_COMMAND.sub(_replace_command, text)
@@ -170,11 +178,48 @@ def _is_words(gold: str) -> bool:
     return (_WORDS.fullmatch(wrapped[1].strip()) if wrapped else _LONG_WORDS.fullmatch(gold.strip())) is not None
 
 
-def _number_text(text: str) -> str:
-    text = plain_math(text)
-    for _ in range(2):
-        text = _NUMBER_MARKS.sub("", text)
-    return text
+def units_conflict(gold: Quantity, answer: Quantity) -> bool:
+    """Whether both have a unit and the units measure different things. Percent and degrees are numbers too."""
+    if gold.dimension is None or answer.dimension is None or gold.dimension == answer.dimension:
+        return False
+    return {gold.dimension, answer.dimension} != {(("degree", 1),), (("radian", 1),)}
+
+
+def compared_factors(gold: Quantity, answer: Quantity, gold_size: Fraction | None) -> tuple[Fraction, Fraction]:
+    """What the two values are multiplied with before they are compared.
+
+    Units of one kind are converted; a unit that only one side has is taken to be meant on the other. A percent sign on
+    one side alone is read in the one way that fits the gold: a gold above 1 (`50`, `50\\%`) names the percent, so its
+    sign may be left out and `5` is `5\\%` and never `500\\%`; a gold of at most 1 without a sign is a fraction, so that
+    `0.5` is `50\\%` and never `0.5\\%`.
+
+    Args:
+        gold_size: The absolute value of the gold where it is a plain number.
+    """
+    if gold.dimension is not None and gold.dimension == answer.dimension:
+        return gold.factor, answer.factor
+    if gold.is_percent == answer.is_percent:
+        multiple = [item.factor if item.dimension is None else Fraction(1) for item in (gold, answer)]
+        return multiple[0], multiple[1]
+    if gold_size is not None and gold_size > 1:
+        return Fraction(1), Fraction(1)
+    return gold.factor, answer.factor
+
+
+def _same_quantity(gold: Quantity, gold_number: ExactNumber, answer: Quantity, answer_number: ExactNumber) -> bool:
+    size = gold_number.fraction()
+    factors = compared_factors(gold, answer, None if size is None else abs(size))
+    if factors[0] == factors[1] and same_number(gold_number, answer_number):
+        return True
+    if factors[0] != factors[1] and same_number(gold_number, answer_number, factors):
+        return True
+    if gold.is_percent and answer.dimension is None and size is not None and abs(size) > 1:  # 50% = 0.5
+        return same_number(gold_number, answer_number, (gold.factor, Fraction(1)))
+    return False
+
+
+def _number(text: str) -> ExactNumber | None:
+    return read_number(text.strip().removesuffix("."))
 
 
 def _replace_command(match: re.Match[str]) -> str:
@@ -204,18 +249,23 @@ def _choice_verdict(answer: str, gold: str, choices: Sequence[str] | None) -> Ve
 
 def _letter(text: str, choices: Sequence[str] | None) -> str | None:
     """The one option that `text` names: by its capital letter, alone or before the option's text, or by that text."""
-    text = _TEXT_WRAP.sub(r"\1", text).strip().strip("$").strip()
-    names = [plain_text(str(choice)) for choice in choices or ()]
-    if plain_text(text) in names and names.count(plain_text(text)) == 1 and len(text) > 1:
-        return chr(ord("A") + names.index(plain_text(text)))
+    text = unicodedata.normalize("NFKC", _TEXT_WRAP.sub(r"\1", text)).strip().strip("$").strip().removesuffix("\u3002")
+    named = [chr(ord("A") + index) for index, choice in enumerate(choices or ()) if _same_option(text, str(choice))]
+    if len(named) == 1 and not re.fullmatch("[A-Z]", text):
+        return named[0]
     match = _LETTER.fullmatch(text[:MAX_ANSWER_CHARS])
     if match is None:
-        words = re.fullmatch(r"\(([A-Z])\)\s+(.+)", text[:MAX_ANSWER_CHARS], re.DOTALL)
+        words = _LETTER_AND_TEXT.fullmatch(text[:MAX_ANSWER_CHARS])
         if words is None:
             return None
         match = words
-    letter, rest = match[1], (match[2] or "").strip()
-    if names:
+    letter, rest = (group or "" for group in (match.groups()[2:] if match[1] is None else match.groups()[:2]))
+    rest = rest.strip().removeprefix("(").removesuffix(")") if match[1] is None else rest.strip()
+    if choices:
         index = ord(letter) - ord("A")
-        return letter if index < len(names) and (not rest or plain_text(rest) == names[index]) else None
+        return letter if index < len(choices) and (not rest or _same_option(rest, str(choices[index]))) else None
     return None if _OTHER_LETTER.search(rest) else letter
+
+
+def _same_option(text: str, option: str) -> bool:
+    return plain_text(text) == plain_text(option) or normalised(text) == normalised(option)

@@ -5,29 +5,47 @@ No text of a model reaches `eval`, `sympify` or `parse_expr` from here; LaTeX is
 latex2sympy2_extended, whose lexer lets only digits, a point and an exponent through to sympy's number parser.
 """
 
+import contextlib
 import logging
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig, is_expr_of_only_symbols, latex2sympy, normalize_latex
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
-from sympy import Basic, Float, Number
+from sympy import Basic, Expr, Float, Number, Rational
+from sympy import pi as PI
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from r1v_rl.scoring.answers import plain_math
+from r1v_rl.scoring.answers import compared_factors, plain_math, units_conflict
+from r1v_rl.scoring.exact import read_number
+from r1v_rl.scoring.units import Quantity, read_quantity
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warning that no timeout is set: ours is a SIGKILL
 
 _NORMALISATION = NormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
 _RELATION = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![a-zA-Z])|\\[{}]|[{}()\[\]]")
 _OTHER_RELATION = re.compile(r"[<>,;]|\\(?:le|ge|leq|geq|ne|neq|in|lt|gt|equiv|sim|pm|begin|mapsto|to)(?![a-zA-Z])")
 _BASE = re.compile(r"\d\s?_\s?(?:\{\s?(?P<braced>\d+)\s?\}|(?P<bare>\d+))$")
-_CURRENCY = re.compile(r"^[€£¥₹]\s?")
+_REWRITTEN = (
+    (re.compile(r"^\\?\$|^[€£¥₹]\s?"), ""),
+    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
+    (re.compile(r"\\q?quad"), " "),
+    (re.compile(r"\[?\s?\\begin\{array\}\s?\{[clr| ]*\}"), r"\\begin{bmatrix}"),
+    (re.compile(r"\\end\{array\}\s?\]?"), r"\\end{bmatrix}"),
+)
+"""Notation that the grammar does not read, and the same in notation that it reads."""
+_OUTWARD = re.compile(r"([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])")
+_COLUMN = re.compile(
+    r"\\begin\{[pb]?matrix\}((?:[^&\\]|\\(?!end|\\))*(?:\\\\(?:[^&\\]|\\(?!end|\\))*)*)\\end\{[pb]?matrix\}"
+)
+_INEQUALITY = re.compile(r"<=?|>=?|\\(?:leq?|geq?|lt|gt|leqslant|geqslant)(?![a-zA-Z])")
 _MIXED = re.compile(r"(?<![\d.}^_])(\d+)\s?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<=\s)(\d+)/(\d+))$")
 
 
@@ -39,13 +57,17 @@ class Unreadable(Exception):
     """`gold` or `answer`."""
 
 
+@lru_cache(maxsize=512)
 def read_formula(text: str) -> Any:
     """The sympy expression of a formula, the whole of it.
 
     Raises:
         ValueError: If it does not parse.
     """
-    latex = _CURRENCY.sub("", plain_math(text)).replace(r"\langle", "(").replace(r"\rangle", ")")
+    latex = plain_math(text)
+    for pattern, replacement in _REWRITTEN:
+        latex = pattern.sub(replacement, latex)
+    latex = _outward_interval(latex)
     latex = _MIXED.sub(lambda m: rf"({m[1]}+\frac{{{m[2] or m[4]}}}{{{m[3] or m[5]}}})", latex)
     latex = normalize_latex(latex, config=_NORMALISATION)
     if not latex:
@@ -62,21 +84,51 @@ def read_formula(text: str) -> Any:
 
 
 def same_value(gold: str, answer: str) -> bool:
-    """Whether `answer` states the value, set, equation or expression that `gold` does.
+    """Whether `answer` states the value, set, equation or expression that `gold` does, in units that agree.
+
+    Where only one of them has a unit, the other is taken to be in it; the letters of a unit may also be factors of a
+    product, and the formulas are compared as they stand first.
 
     Raises:
         Unreadable: If one of them cannot be parsed.
     """
-    try:
-        gold_expression = read_formula(gold)
-    except ValueError as error:
-        raise Unreadable("gold") from error
+    gold_quantity, answer_quantity = read_quantity(plain_math(gold)), read_quantity(plain_math(answer))
+    if not (gold_quantity.has_unit or answer_quantity.has_unit):
+        return _same_formula(gold, answer)
+    with contextlib.suppress(Unreadable):
+        if _same_formula(gold, answer):
+            return True
+    return not units_conflict(gold_quantity, answer_quantity) and _same_quantity(gold_quantity, answer_quantity)
+
+
+def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
+    gold_number = read_number(gold.value)
+    size = None if gold_number is None else gold_number.fraction()
+    factors = compared_factors(gold, answer, None if size is None else abs(size))
+    if gold.is_degrees != answer.is_degrees and r"\pi" in (answer if gold.is_degrees else gold).value:
+        in_degrees, other = (gold.value, answer.value) if gold.is_degrees else (answer.value, gold.value)
+        return _equal(_read_answer(in_degrees) * PI / 180, _read_answer(other))
+    if factors[0] == factors[1]:
+        return _same_formula(gold.value, answer.value)
+    scales = [Rational(factor.numerator, factor.denominator) for factor in factors]
+    expressions = [_read(gold.value, "gold"), _read(answer.value, "answer")]
+    if not all(isinstance(expression, Expr) for expression in expressions):
+        return False
+    return _equal(expressions[0] * scales[0], expressions[1] * scales[1])
+
+
+def _same_formula(gold: str, answer: str) -> bool:
+    gold_expression = _read(gold, "gold")
     if _number_base(gold) != _number_base(answer) or _are_tuple_and_set(gold, answer):
         return False
     exact, rounded = split_chain(plain_math(answer))
     is_chain = len(exact) + len(rounded) > 1 and all(exact) and all(rounded)
     if not is_chain or len(split_chain(plain_math(gold))[0]) > 1 or _OTHER_RELATION.search(answer):
-        return _equal(gold_expression, _read_answer(answer), allow_rounding="%" in gold + answer)
+        column = _COLUMN.fullmatch(plain_math(gold).strip()), _COLUMN.fullmatch(plain_math(answer).strip())
+        if (column[0] is None) != (column[1] is None):  # a column vector and a tuple
+            gold, answer = (_as_tuple(text, match) for text, match in zip((gold, answer), column, strict=True))
+            return _equal(_read(gold, "gold"), _read(answer, "answer"))
+        return _equal(gold_expression, _read(answer, "answer"), allows_solved=_is_solved(answer))
     return _chain_states(gold_expression, exact, rounded)
 
 
@@ -98,17 +150,50 @@ def split_chain(text: str) -> tuple[list[str], list[str]]:
     return exact, rounded
 
 
-def _read_answer(text: str) -> Any:
+def _read(text: str, side: str) -> Any:
     try:
         return read_formula(text)
     except ValueError as error:
-        raise Unreadable("answer") from error
+        raise Unreadable(side) from error
 
 
-def _equal(gold: Any, answer: Any, *, allow_rounding: bool = False) -> bool:
-    if not verify(gold, answer, float_rounding=6, numeric_precision=15, strict=True, timeout_seconds=None):
+def _read_answer(text: str) -> Any:
+    return _read(text, "answer")
+
+
+def _equal(gold: Any, answer: Any, *, allows_solved: bool = False) -> bool:
+    """Args:
+    allows_solved: Whether an inequality may answer a gold that is an interval.
+    """
+    options = {"float_rounding": 6, "numeric_precision": 15, "strict": True, "timeout_seconds": None}
+    if not verify(gold, answer, allow_set_relation_comp=allows_solved, **options):
         return False
-    return allow_rounding or not _numbers_apart(gold, answer)
+    return not _numbers_apart(gold, answer)
+
+
+def _is_solved(text: str) -> bool:
+    """Whether a text is an inequality of one bare name with numbers (`-2 \\le x < 7`), which states an interval.
+
+    `2x+1>7` states the interval of its solutions only to one who solves it: it may be the question itself.
+    """
+    terms = [term.strip() for term in _INEQUALITY.split(plain_math(text))]
+    names = [term for term in terms if re.fullmatch(r"[A-Za-z]", term)]
+    others = [re.sub(r"\\(?:frac|sqrt|pi|infty)(?![A-Za-z])", "", term) for term in terms if term not in names]
+    return len(terms) in (2, 3) and len(names) == 1 and not any(re.search("[A-Za-z]", term) for term in others)
+
+
+def _outward_interval(text: str) -> str:
+    """`]1,2[` as `(1,2)`: a bracket that turns its back on the numbers leaves the end out."""
+    match = _OUTWARD.fullmatch(text.strip())
+    if match is None or (match[1] == "[" and match[3] == "]"):
+        return text
+    return ("(" if match[1] == "]" else "[") + match[2].replace(";", ",") + (")" if match[3] == "[" else "]")
+
+
+def _as_tuple(text: str, column: re.Match[str] | None) -> str:
+    if column is None:
+        return text
+    return "(" + ",".join(entry for entry in column[1].replace(r"\\", "&").split("&") if entry.strip()) + ")"
 
 
 def _numbers_apart(gold: Any, answer: Any) -> bool:

@@ -61,21 +61,31 @@ def read_number(text: str) -> ExactNumber | None:
     return None
 
 
-def same_number(gold: ExactNumber, answer: ExactNumber) -> bool:
+def same_number(
+    gold: ExactNumber, answer: ExactNumber, factors: tuple[Fraction, Fraction] = (Fraction(1), Fraction(1))
+) -> bool:
     """Whether the two are equal: exactly, or, where one is a decimal, to 6 decimals and 6 significant digits.
 
     Both conditions together accept 0.333333 for 1/3 and refuse 0.00000031 for 0.00000025, which agree to 6 decimals.
+
+    Args:
+        factors: What the two are multiplied with first: the sizes of their units.
     """
-    if gold.denominator == answer.denominator == 1 and (gold.digits, gold.exponent) == (answer.digits, answer.exponent):
+    are_scaled = factors[0] != factors[1]
+    are_whole = gold.denominator == answer.denominator == 1 and not are_scaled
+    if are_whole and (gold.digits, gold.exponent) == (answer.digits, answer.exponent):
         return True
     a, b = gold.fraction(), answer.fraction()
     if a is None or b is None:
         return False
+    if are_scaled:
+        a, b = a * factors[0], b * factors[1]
     if a == b:
         return True
     if not (gold.is_decimal or answer.is_decimal):
         return False
-    return abs(a - b) <= Fraction(1, 2_000_000) and abs(a - b) <= Fraction(1, 1_000_000) * max(abs(a), abs(b))
+    is_close = abs(a - b) <= Fraction(1, 1_000_000) * max(abs(a), abs(b))
+    return is_close and (are_scaled or abs(a - b) <= Fraction(1, 2_000_000))
 
 
 def _from_fraction(match: re.Match[str]) -> ExactNumber | None:

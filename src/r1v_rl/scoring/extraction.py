@@ -1,4 +1,4 @@
-"""Where the final answer stands in a completion. Every function is one pass over the text, whatever that holds."""
+"""Where the final answer stands in a completion. Every function is linear in the text, whatever that holds."""
 
 import re
 from typing import Literal, get_args
@@ -8,12 +8,43 @@ ANSWER_KINDS: tuple[str, ...] = get_args(AnswerKind)
 
 _BOX_OR_BRACE = re.compile(r"(?<!\\)\\++(?:boxed|fbox)\s*+\{|\\[{}\\]|[{}]")
 _ANSWER_TAG = re.compile(r"<(/?)answer>")
-_STATED = re.compile(r"####|\b[Aa]nswer(?:\*\*)?(?:\s{1,3}is\b|\s?:)(?:\*\*)?|\bANSWER\s?:")
+_STATED = re.compile(
+    r"####|\b[Aa]nswer(?:\*\*)?(?:\s{1,3}is\b|\s?:)(?:\*\*)?|\bANSWER\s?:"
+    r"|\u7b54\u6848\s?[\u662f\u4e3a:\uff1a]|\b(?:[Oo]ption|[Cc]hoice)(?:\s[Ll]etter)?(?:\s{1,3}is\b|\s?:)"
+)
+_BARE_LETTER = re.compile(r"\(?[A-Z]\b")
+_MARKED_LETTER = re.compile(r"[(\uff08]([A-Z])[)\uff09]")
 _MATH_MARK = re.compile(r"\\[\[\]()]|\\\$|\$\$|\$|\\\\")
 _CLOSING = {r"\[": r"\]", r"\(": r"\)", "$": "$", "$$": "$$"}
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])")
 _BARE_CHARS = 200
+_SENTENCE_CHARS = 1000
+_JOIN_CHARS = 60
+_JOINS = ("and", "or", ",", ";", "&")
+_TAKEN_BACK = frozenset(("no", "not", "wait", "but", "actually", "instead", "rather", "then", "so", "hmm", "sorry"))
+"""Words between two boxes after which the second replaces the first."""
+_GLUE_COMMANDS = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s?(?=\{)|\\q?quad|\\[,;:!()\[\] ]|[{}$]|(?=[,;])|(?<=[,;])")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s?\{([^{}]*)\}")
+_CHAT_TOKEN = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_text)\|>|</s>|<\uff5cend\u2581of\u2581sentence\uff5c>"
+)
+_OPENING_WORD = re.compile(r"\s*(?:[^\W\d_]{3,}[ :]|[^\W\d_a-zA-Z])")
+"""A sentence begins with a word, or with a letter of another script than Latin."""
+_NAME_AT_END = re.compile(r"(?<![\w+*/^()=\-])\s*([A-Za-z])\s*$")
+_DOUBT = re.compile(
+    r"\b(?:not|never|whether|if|maybe|perhaps|might|could|guess|either|between|n't)\b|\?", re.IGNORECASE
+)
+"""A sentence with one of these states nothing."""
+_VALUE = r"[-\u2212]?(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?(?:\s?/\s?\d++)?\s?%?"
+_VERBS = (
+    r"\b(?:is|are|equals|equal to|est|sont|vaut|es|son|ist|sind)\b"
+    r"|\u00e9|\u00e8|\u662f|\u4e3a|\u70ba|\u0647\u0648|\u0647\u064a|="
+)
+_CONCLUSION = re.compile(
+    rf"(?:(?:{_VERBS})\s*(?P<value>{_VALUE})(?P<unit>\s?(?:[^\W\d_]{{1,14}}|[$\u20ac\u00a3\u00b0]))?|\*\*(?P<bold>{_VALUE})\*\*)"
+    r"\s*[)\uff09]?\s*[.\u3002!]?\s*$"
+)
 
 
 def answer_part(completion: str) -> str | None:
@@ -30,47 +61,92 @@ def answer_part(completion: str) -> str | None:
 def find_answer(completion: str, kind: str = "math") -> str | None:
     """The final answer as the completion states it, or None.
 
-    Outside the reasoning, the first of these that is there: the last `\\boxed{}` or `\\fbox{}` with balanced braces;
-    the last `<answer>` tag; the last `####`, `answer is` or `answer:`; the last formula between math delimiters (math,
-    number); the only number of the last line (number); the whole text where it is one short line and not prose.
+    Outside the reasoning, the first of these that is there: the last `\\boxed{}` or `\\fbox{}` with balanced braces,
+    with the boxes that `,`, `and` or `or` join to it; the last `<answer>` tag; the last `####`, `answer is` or
+    `answer:`; a value at the end of the last sentence, behind `=`, `is` (in several languages) or in bold (math,
+    number); the last formula between math delimiters (math, number); the only number of the last line (number) or its
+    only `(B)` (choice); the whole text where it is one short line and not prose. A sentence in a box or tag is read by
+    the same order.
     """
     part = answer_part(completion)
     if part is None:
         return None
-    box = last_box(part)
+    part = _CHAT_TOKEN.split(part, maxsplit=1)[0]
+    box = last_boxes(part)
     if box is not None:
-        return box.strip() or None
+        return _out_of_sentence(box.strip(), kind) or None
     if "\\boxed" in part or "\\fbox" in part:
         return None
     tagged = _last_tagged(part)
     if tagged is not None:
-        return _inside_delimiters(tagged) or None
-    stated = _last_stated(part)
+        return _out_of_sentence(_inside_delimiters(tagged), kind) or None
+    stated = find_stated(part)
     if stated:
         return stated
     if kind in ("math", "number"):
-        formula = last_formula(part)
-        if formula:
-            return formula
+        value = _concluded(part) or last_formula(part)
+        if value:
+            return value
     if kind == "number":
         return _only_number_of_last_line(part)
+    if kind == "choice":
+        return (
+            _bare(part, kind)
+            if _BARE_LETTER.match(part.strip())
+            else _only_letter_of_last_line(part) or _bare(part, kind)
+        )
     return _bare(part, kind)
+
+
+def last_boxes(text: str) -> str | None:
+    """What stands in the last box, or `a, b` for the boxes `\\boxed{a}` and `\\boxed{b}` that are one answer, or None.
+
+    Boxes are one answer where nothing stands between them but space, or a few words of one line that end in a comma,
+    `and` or `or`. The same value boxed twice is one value.
+    """
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    first, start, end = max(boxes, key=lambda box: box[1])
+    values = [text[start:end]]
+    for before in sorted((box for box in boxes if box[2] < first), key=lambda box: -box[2]):
+        if before[2] >= first or not _joins(text[before[2] + 1 : first]):
+            break
+        values.append(text[before[1] : before[2]])
+        first = before[0]
+    return ", ".join(dict.fromkeys(value.strip() for value in reversed(values)))
 
 
 def last_box(text: str) -> str | None:
     """What stands in the `\\boxed{}` or `\\fbox{}` that opens last among those that close, or None."""
-    open_braces: list[tuple[int, bool]] = []
-    best: tuple[int, int] | None = None
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    _, start, end = max(boxes, key=lambda box: box[1])
+    return text[start:end]
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """Every box that closes: where its command stands, where its content begins and ends."""
+    open_braces: list[tuple[int, int, bool]] = []
+    boxes: list[tuple[int, int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):
         token = match[0]
         if token == "}":
             if open_braces:
-                start, is_box = open_braces.pop()
-                if is_box and (best is None or start > best[0]):
-                    best = (start, match.start())
+                command, start, is_box = open_braces.pop()
+                if is_box:
+                    boxes.append((command, start, match.start()))
         elif token.endswith("{") and len(token) != 2:
-            open_braces.append((match.end(), len(token) > 1))
-    return None if best is None else text[best[0] : best[1]]
+            open_braces.append((match.start(), match.end(), len(token) > 1))
+    return boxes
+
+
+def _joins(between: str) -> bool:
+    if len(between) > _JOIN_CHARS or "\n" in between.strip():
+        return False
+    words = _GLUE_COMMANDS.sub(" ", between).split()
+    return not words or (len(words) <= 6 and words[-1] in _JOINS and not _TAKEN_BACK.intersection(words))
 
 
 def last_formula(text: str) -> str | None:
@@ -109,7 +185,8 @@ def _last_tagged(text: str) -> str | None:
     return inner
 
 
-def _last_stated(text: str) -> str | None:
+def find_stated(text: str) -> str | None:
+    """What follows the last `####`, `answer is` or `answer:` on its line, or None."""
     last = None
     for last in _STATED.finditer(text):  # noqa: B007
         pass
@@ -121,10 +198,51 @@ def _last_stated(text: str) -> str | None:
     return last_formula(line) or _inside_delimiters(line) or None
 
 
+def _out_of_sentence(text: str, kind: str) -> str:
+    """The value that a boxed or tagged sentence states; the text itself where it is no sentence.
+
+    `The answer is 5`, `Answer $9$`, `the share is 13/28`; but `$3$ cm` is a value with its unit.
+    """
+    if kind not in ("math", "number") or len(text) > _SENTENCE_CHARS:
+        return text
+    plain = _TEXT_COMMAND.sub(r" \1 ", text) if "\\text" in text else text
+    stated = find_stated(plain)
+    if stated:
+        return stated
+    opening = _OPENING_WORD.match(plain)
+    if opening is None:
+        return text
+    formula = last_formula(plain)
+    if formula is not None and plain.rstrip(" .").endswith(("$", r"\)", r"\]")):
+        return formula
+    return _concluded(plain) or text
+
+
+def _concluded(text: str) -> str | None:
+    """The value that ends the last sentence: behind `=`, a verb such as `is`, or in bold."""
+    line = text.rstrip()[-_SENTENCE_CHARS:].rpartition("\n")[2]
+    match = _CONCLUSION.search(line)
+    if match is None or line.endswith((r"\)", r"\]")) or (line.rstrip(" .").endswith("$") and line.count("$") % 2 == 0):
+        return None
+    if _DOUBT.search(re.split(r"[.!?\u3002]\s", line[: match.start()])[-1]):
+        return None
+    if match["bold"]:
+        return match["bold"]
+    name = _NAME_AT_END.search(line[: match.start()]) if line[match.start()] == "=" else None
+    if name is None and line[match.start()] == "=" and _OPENING_WORD.search(line) is None:
+        return None
+    return (f"{name[1]}=" if name else "") + (match["value"] + (match["unit"] or "")).strip()
+
+
 def _only_number_of_last_line(text: str) -> str | None:
     lines = text.split("\n")
     last_line = next((line for line in reversed(lines) if line.strip()), "")
-    found = {match[0] for match in _NUMBER.finditer(last_line)}
+    found = set() if _DOUBT.search(last_line) else {match[0] for match in _NUMBER.finditer(last_line)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _only_letter_of_last_line(text: str) -> str | None:
+    found = set(_MARKED_LETTER.findall(text.rstrip().rpartition("\n")[2]))
     return found.pop() if len(found) == 1 else None
 
 

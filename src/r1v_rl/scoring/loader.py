@@ -12,8 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from r1v_rl.errors import RewardError
-from r1v_rl.scoring.plugins import Source, compute_score_as_reward, find_plugin, is_compute_score, where
+from r1v_rl.scoring.isolation import PluginProcess
+from r1v_rl.scoring.plugins import Source, check_name, compute_score_as_reward, is_compute_score, where
 from r1v_rl.scoring.rules import BUILT_IN, RewardSettings
+from r1v_rl.scoring.workers import DEFAULT_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +26,31 @@ _ATOMS = (str, int, float, bool, bytes, type(None))
 class RewardFunction:
     """A reward with a name, called with TRL's keywords; returns one float or None per completion.
 
-    The function of a user gets copies, so that it cannot change what other rewards and the loss see. An exception, a
-    wrong length or type, inf and NaN raise `RewardError` with the function and the row. It runs in the trainer's
-    process, without a time limit.
+    The function of a user gets copies, so that it cannot change what other rewards and the loss see. One that is named
+    by file or dotted path runs in a process of its own, under a time limit; one that is handed over in Python runs in
+    the trainer's. An exception, a death, a timeout, a wrong length or type, inf and NaN name the function and the row:
+    they raise `RewardError`, or, with `skips_failures`, are logged and leave None for the rows they touch.
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], *, is_built_in: bool = False, source: Source | None = None
+        self,
+        name: str,
+        function: Callable[..., Any] | PluginProcess,
+        *,
+        is_built_in: bool = False,
+        source: Source | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        skips_failures: bool = False,
     ):
         self.name = name
         self.source = source
         """File and sha256 of a user's reward; None for a built-in one and for a function handed over in Python."""
+        self.num_failures = 0
+        """Completions left without a reward because the function failed."""
         self._function = function
         self._is_built_in = is_built_in
+        self._timeout_s = timeout_s
+        self._skips_failures = skips_failures
 
     @property
     def __name__(self) -> str:
@@ -49,6 +63,32 @@ class RewardFunction:
         self, *, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
     ) -> list[float | None]:
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        if self._is_built_in or not self._skips_failures:
+            rewards, problems = self.judge(**arguments)
+            if problems:
+                raise RewardError(problems[0])
+            return rewards
+        try:
+            rewards, problems = self.judge(**arguments)
+            num_failed = len(problems)
+        except RewardError as error:
+            rewards, problems, num_failed = [None] * len(completions), [str(error)], len(completions)
+        if problems:
+            self.num_failures += num_failed
+            logger.warning("%s; %d completions go without this reward (reward_failure: skip)", problems[0], num_failed)
+        if columns.get("log_metric") is not None:
+            columns["log_metric"](f"reward_workers/{self.name}_failed", num_failed / max(1, len(completions)))
+        return rewards
+
+    def judge(self, **arguments: Any) -> tuple[list[float | None], list[str]]:
+        """The rewards, and for each that had to become None what is wrong with it.
+
+        Raises:
+            RewardError: If there are none.
+        """
+        completions = arguments["completions"]
+        if isinstance(self._function, PluginProcess):
+            return self._function.call(arguments, self._timeout_s * max(1, len(completions)))
         if not self._is_built_in:
             copied: dict[int, Any] = {}
             arguments = {key: value if key in _HANDLES else copy_of(value, copied) for key, value in arguments.items()}
@@ -62,11 +102,17 @@ class RewardFunction:
             path = "" if self.source is None else self.source.path
             raise RewardError(
                 f"reward function {self.name!r} must return one float or None per completion; it raised "
-                f"{where(error, path)}"
+                f"{where(error, path)} (called with {len(completions)} completions, the first of "
+                f"{_row(arguments.get('id'), 0)})"
             ) from error
-        return self._checked(result, len(completions), columns.get("id"))
+        return self._checked(result, len(completions), arguments.get("id"))
 
-    def _checked(self, result: Any, num_rows: int, ids: Sequence[Any] | None) -> list[float | None]:
+    def close(self) -> None:
+        """End the process of the function, where it has one."""
+        if isinstance(self._function, PluginProcess):
+            self._function.close()
+
+    def _checked(self, result: Any, num_rows: int, ids: Sequence[Any] | None) -> tuple[list[float | None], list[str]]:
         if hasattr(result, "tolist") and not isinstance(result, list | tuple):
             result = result.tolist()
         if not isinstance(result, list | tuple):
@@ -80,7 +126,15 @@ class RewardFunction:
                 f"reward function {self.name!r} must return one reward per completion, {num_rows}; received "
                 f"{len(result)}{missing}"
             )
-        return [self._checked_value(value, row, ids) for row, value in enumerate(result)]
+        rewards: list[float | None] = []
+        problems = []
+        for row, value in enumerate(result):
+            try:
+                rewards.append(self._checked_value(value, row, ids))
+            except RewardError as error:
+                rewards.append(None)
+                problems.append(str(error))
+        return rewards, problems
 
     def _checked_value(self, value: Any, row: int, ids: Sequence[Any] | None) -> float | None:
         if value is None:
@@ -147,12 +201,18 @@ def copy_of(value: Any, copied: dict[int, Any]) -> Any:
 def _load(name: str | Callable[..., Any], settings: RewardSettings) -> RewardFunction:
     if isinstance(name, RewardFunction):
         return name
+    limits: dict[str, Any] = {
+        "timeout_s": settings.reward_timeout_s,
+        "skips_failures": settings.reward_failure == "skip",
+    }
     if isinstance(name, str):
         if name in BUILT_IN:
             return RewardFunction(name, BUILT_IN[name](settings), is_built_in=True)
-        function, source = find_plugin(name)
-        logger.info("reward %s runs code of %s, sha256 %s", name, source.path, source.sha256)
-        return RewardFunction(name.rpartition(":")[2].rpartition(".")[2], function, source=source)
+        check_name(name)
+        process = PluginProcess(name)
+        logger.info("reward %s runs code of %s, sha256 %s", name, process.source.path, process.source.sha256)
+        label = name.rpartition(":")[2].rpartition(".")[2]
+        return RewardFunction(label, process, source=process.source, **limits)
     if hasattr(name, "forward"):
         raise RewardError(
             f"reward_funcs: a reward model is not supported; received {type(name).__name__}: give a function that "
@@ -163,7 +223,7 @@ def _load(name: str | Callable[..., Any], settings: RewardSettings) -> RewardFun
     label = getattr(name, "__name__", type(name).__name__)
     if is_compute_score(name):
         name = compute_score_as_reward(name, is_sequential=False)
-    return RewardFunction(label, name)
+    return RewardFunction(label, name, **limits)
 
 
 def _settings(config: Any, prompt_opens_think: bool | None) -> RewardSettings:

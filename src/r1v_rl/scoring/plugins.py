@@ -33,15 +33,10 @@ def find_plugin(name: str) -> tuple[_PlugIn, Source]:
     Raises:
         RewardError: If there is none; with file and line where the file does not import.
     """
+    check_name(name)
     path, colon, function_name = name.rpartition(":")
     if colon and path.endswith(".py"):
         module, source = _import_file(Path(path), name)
-    elif name.endswith(".py"):
-        raise RewardError(
-            f"reward_funcs: a reward file needs the name of a function, {name}:FUNCTION; received {name!r}"
-        )
-    elif "/" in name or "." not in name:
-        raise RewardError(_unknown(name))
     else:
         module_name, _, function_name = name.rpartition(".")
         module, source = _import_module(module_name, name)
@@ -59,6 +54,23 @@ def find_plugin(name: str) -> tuple[_PlugIn, Source]:
             function, is_sequential=getattr(module, "REWARD_TYPE", "batch") == "sequential"
         )
     return function, source
+
+
+def check_name(name: str) -> None:
+    """Nothing where `name` has the form of a file's or a module's function.
+
+    Raises:
+        RewardError: If not.
+    """
+    if name.endswith(".py"):
+        raise RewardError(
+            f"reward_funcs: a reward file needs the name of a function, {name}:FUNCTION; received {name!r}"
+        )
+    is_file = name.rpartition(":")[0].endswith(".py")
+    if is_file and not Path(name.rpartition(":")[0]).expanduser().is_file():
+        raise RewardError(f"reward_funcs: {name.rpartition(':')[0]} must be a file; it is not there (from {name!r})")
+    if not is_file and ("/" in name or "." not in name):
+        raise RewardError(_unknown(name))
 
 
 def is_compute_score(function: _PlugIn) -> bool:
