@@ -134,7 +134,7 @@ class FailureGuard:
             raise RewardError(
                 f"{num_failed} of the last {total} answers could not be judged ({num_failed / total:.1%}; of this step "
                 f"{', '.join(f'{reason} {number}' for reason, number in counts.items()) or 'none'}): see "
-                "`verdict` in the rollouts; raise reward_timeout_s, mend the gold answers, or raise reward_failure_limit"
+                "`verdict` in the rollouts; mend the gold answers, or raise reward_timeout_s or reward_failure_limit"
             )
 
 
