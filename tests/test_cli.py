@@ -222,7 +222,7 @@ def test_a_gold_answer_that_cannot_be_read_is_refused(place, capsys, command):
         (["--reward_weights", "1"], r"`reward_weights` has 1 values for 2 `reward_funcs`"),
         (["--dataset_name", "nowhere.jsonl"], r"dataset nowhere.jsonl does not exist"),
         (["--max_completion_length", "1020"], r"`max_completion_length` is 1020: together above the context of 1024"),
-        (["--reward_funcs", "acuracy"], r"reward_funcs: 'acuracy' must be one of accuracy, format"),
+        (["--reward_funcs", "acuracy"], r"reward_funcs: 'acuracy' must be one of accuracy, cosine, format"),
     ],
 )
 def test_a_bad_key_is_refused_before_training(place, capsys, overrides, message, command):

@@ -196,6 +196,11 @@ def test_bare_golds_are_read_whole(pool):
         ("(1,2)", r"\{1,2\}", False),
         (r"\langle 1,2\rangle", "(1,2)", True),
         ("x=2", "2x=4", False),
+        (r"50\%", r"\sqrt{\infty}", False),
+        ("50", r"\infty", False),
+        (r"\infty", r"\infty+1", True),
+        (r"-\infty", r"\infty", False),
+        ("0", r"\infty-\infty", False),
         ("18", "€18", True),
     ],
 )

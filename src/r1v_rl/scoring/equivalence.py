@@ -15,7 +15,7 @@ from typing import Any
 from latex2sympy2_extended import NormalizationConfig, is_expr_of_only_symbols, latex2sympy, normalize_latex
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
-from sympy import Basic, Expr, Float, Number, Rational
+from sympy import Basic, Expr, Float, Number, Rational, nan
 from sympy import pi as PI
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
@@ -203,10 +203,12 @@ def _numbers_apart(gold: Any, answer: Any) -> bool:
         return False
     try:
         a, b = gold.doit().evalf(30), answer.doit().evalf(30)
-        difference = (gold.doit() - answer.doit()).evalf(30)
+        if a.is_finite is not True or b.is_finite is not True:  # infinity is near no number, and nan is nothing
+            return bool(a != b) or a is nan
         scale = max(abs(a), abs(b))
-        if scale == 0 or not scale.is_finite:
+        if scale == 0:
             return False
+        difference = (gold.doit() - answer.doit()).evalf(30)
         limit = 1e-6 if gold.has(Float) or answer.has(Float) else 1e-12
         return bool(abs(difference) > limit * scale)
     except (TypeError, ValueError, ArithmeticError, AttributeError):
