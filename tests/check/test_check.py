@@ -116,7 +116,7 @@ def test_what_is_not_on_this_machine(check):
     ):
         assert line in out
     code, _, err = check("grpo", {**recipe, "reward_funcs": ["acuracy"]}, "--missing_ok")
-    assert code == 2 and "'acuracy' must be one of accuracy, format" in err
+    assert code == 2 and "'acuracy' must be one of accuracy, cosine, format" in err
     code, _, err = check("grpo", {**recipe, "num_generations": 3}, "--missing_ok")
     assert code == 2 and "divisible by num_generations (3)" in err
 

@@ -62,7 +62,8 @@ def test_tiny_grpo_runs_end_to_end(start, tmp_path, use_vllm):
 def test_the_tiny_chain_in_few_steps(tmp_path):
     """Every stage; the frozen parts keep their hashes, and text alone is answered as before, word by word."""
     few = {
-        "align": {"max_steps": 3, "dataset_size": 96}, "sft": {"max_steps": 2, "dataset_size": 64},
+        **{f"align{after}": {"max_steps": 2, "dataset_size": 64} for after in ("", "_selected", "_cot")},
+        "sft": {"max_steps": 2, "dataset_size": 64},
         "iterate": {"taus": "0", "learning_rates": "1e-3", "dataset_size": 32, "max_completion_length": 48,
                     "num_resamples": 0, "warmup_steps": 0, "use_vllm": "false"},
         "grpo": {"max_steps": 2, "per_device_train_batch_size": 16, "max_completion_length": 48, "use_vllm": "false",
@@ -75,16 +76,18 @@ def test_the_tiny_chain_in_few_steps(tmp_path):
     finished = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert (tmp_path / "stages.md").read_text() in finished.stdout
-    stages = ["compose", "align", "transfer", "sft", "iterate", "grpo"]
+    with_substitute = ["compose", "align", "align_selected", "align_cot"]
+    stages = [*with_substitute, "transfer", "sft", "iterate", "grpo"]
     hashes = {s: json.loads((tmp_path / s / "manifest.json").read_text())["weight_hashes"] for s in stages}
     assert len({hashes[s]["vision_encoder"] for s in stages}) == 1
-    assert len({hashes[s]["language_model"] for s in stages[:2]}) == 1
-    assert len({hashes[s]["language_model"] for s in stages[2:]}) == 1
-    assert hashes["transfer"]["projector"] == hashes["align"]["projector"] != hashes["compose"]["projector"]
-    assert len({hashes[s]["projector"] for s in stages[2:]}) > 1
+    assert len({hashes[s]["language_model"] for s in with_substitute}) == 1
+    assert len({hashes[s]["language_model"] for s in stages[4:]}) == 1
+    assert len({hashes[s]["projector"] for s in with_substitute}) == 4
+    assert hashes["transfer"]["projector"] == hashes["align_cot"]["projector"]
+    assert len({hashes[s]["projector"] for s in stages[4:]}) > 1
     texts = {s: text_answers(tmp_path / s / "evaluation.jsonl") for s in stages}
-    assert texts["align"] == texts["compose"]
-    assert all(texts[s] == texts["transfer"] for s in stages[3:])
+    assert all(texts[s] == texts["compose"] for s in with_substitute)
+    assert all(texts[s] == texts["transfer"] for s in stages[4:])
 
 
 def text_answers(path: Path) -> list[tuple[str, str]]:
