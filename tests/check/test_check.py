@@ -151,6 +151,9 @@ def test_every_stage_of_a_chain(check, tmp_path, vlm):
         assert fault in err
     code, _, err = check("run", chain, "--two.num_generations", "3", "--until", "one")
     assert code == 0, err
+    listed[1]["evaluate_with"] = {"instructoin": "Explain."}
+    code, _, err = check("run", chain)
+    assert code == 2 and "stage two: keys: `instructoin` is not a recipe key" in err
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def test_a_key_that_is_not_implemented_is_refused_by_name(tmp_path, key, config)
 
 
 def test_values_that_say_what_is_done_anyway_are_taken(tmp_path):
-    SFTConfig(output_dir=str(tmp_path), bf16=False, completion_only_loss=True, pad_to_multiple_of=None)
+    config = SFTConfig(output_dir=str(tmp_path), bf16=False, completion_only_loss=True, pad_to_multiple_of=None)
+    assert config.completion_only_loss is True
 
 
 def test_every_key_of_trl_is_there_with_its_default():

@@ -159,6 +159,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, parts):
     trainer, batches = batches_of(parts, tmp_path)
     plain = loss_and_gradients(trainer, batches)
     trainer.model.gradient_checkpointing_enable()
+    assert trainer.model.is_gradient_checkpointing
     close(plain, loss_and_gradients(trainer, batches))
 
 

@@ -116,6 +116,12 @@ def _check_chain(words: Sequence[str], missing_ok: bool) -> int:
         print("evaluate")
         values = {**chain.evaluate, "model_name_or_path": str(chain.stages[0].folder)}
         _look_at("evaluate", values, Report(Place(missing_ok, made), "evaluate: ", faults))
+        for stage in filter(lambda stage: stage.evaluate_with, chain.stages[:until]):
+            _look_at(
+                "evaluate",
+                {**values, **stage.evaluate_with},
+                Report(Place(missing_ok, made), f"stage {stage.name}: ", faults),
+            )
     Report(faults=faults).finish()
     return 0
 
