@@ -108,8 +108,10 @@ def test_the_command(folder, capsys, monkeypatch):
     output = capsys.readouterr().out
     for name in ("weights", "gradients", "optimizer", "activations", "vLLM", "language model, backward"):
         assert f"  {name}" in output
-    assert cli.main([*words, "--device_memory_gb", "0.001"]) == 2
-    assert "does not fit" in capsys.readouterr().err
+    assert cli.main([*words, "--device_memory_gb", "0.0001"]) == 2
+    assert "vLLM holds" in capsys.readouterr().err
+    assert cli.main([*words, "--device_memory_gb", "0.01"]) == 2
+    assert "GB on each device. Lower" in capsys.readouterr().err
     given = ["--prompt_tokens", "100", "--visual_tokens", "64"]
     assert cli.main([*words[:3], "--model_name_or_path", "nowhere", *given]) == 2
     assert "--model_config" in capsys.readouterr().err

@@ -157,10 +157,17 @@ def _sampler_memory(args: Any, shape: Shape, dtype: str, device_memory: float | 
     """What vLLM takes in the same process."""
     if not getattr(args, "use_vllm", False):
         return {}
-    if device_memory is not None:
-        return {"vLLM": args.vllm_gpu_memory_utilization * device_memory}
-    cache = args.vllm_kv_cache_memory_bytes or 0
-    return {"vLLM": sum(shape.parameters.values()) * BYTES[dtype] + cache + VLLM_PROCESS}
+    weights = sum(shape.parameters.values()) * BYTES[dtype] / args.vllm_tensor_parallel_size
+    if device_memory is None:
+        return {"vLLM": weights + (args.vllm_kv_cache_memory_bytes or 0) + VLLM_PROCESS}
+    share = args.vllm_gpu_memory_utilization * device_memory
+    if weights > share:
+        raise RecipeError(
+            f"it does not fit: vLLM holds {weights / 1e9:.0f} GB of weights on each device, its share is "
+            f"{share / 1e9:.0f} GB. Raise `vllm_tensor_parallel_size` (now {args.vllm_tensor_parallel_size}) or "
+            f"`vllm_gpu_memory_utilization` (now {args.vllm_gpu_memory_utilization:g})"
+        )
+    return {"vLLM": share}
 
 
 def _resident() -> float:
