@@ -106,7 +106,7 @@ def reward_model_reward(settings: RewardSettings) -> Reward:
         order = sorted(range(len(shown)), key=lambda row: bool(shown[row][1]))  # no batch mixes the two kinds
         for batch in _batches([(row, shown[row]) for row in order], settings.reward_model_batch_size):
             scalars = _rewards(model, processor, [conversation for _, conversation in batch])
-            for (row, _), scalar in zip(batch, scalars, strict=True):
+            for (row, _shown), scalar in zip(batch, scalars, strict=True):
                 rewards[row] = scalar
         return rewards
 
