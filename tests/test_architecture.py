@@ -25,6 +25,7 @@ LAYERS = (
     "grpo",
     "chain",
     "check",
+    "plan",
     "cli",
     "__main__ startup",
 )

@@ -39,6 +39,9 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "r1v_rl.check.main:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
     ),
+    "plan": Command(
+        "r1v_rl.plan.main:main", "memory of each device and FLOPs of a step for a recipe, without loading weights"
+    ),
     "judge": Command(
         "r1v_rl.scoring.judge_main:main",
         "grade a jsonl of `gold` and `completion` with the accuracy reward's own judge",
