@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from transformers import AutoConfig
@@ -12,6 +13,7 @@ from r1v_rl.data.chat import check_prompt_lengths, load_processor
 from r1v_rl.data.dataset import heldout_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.accuracy import Answered, accuracy, answer_prompts, blanked
+from r1v_rl.evaluate.grounding import gold_logprobs, measure_grounding
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import encode_prompt
 from r1v_rl.rollout.standalone import standalone_engine
@@ -32,6 +34,13 @@ class EvaluationConfig(HeldoutConfig):
     )
     blank_images: bool = field(
         default=True, metadata={"help": "Answer the rows once more with grey pictures: what is right then is guessed."}
+    )
+    grounding: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask about the rows with pictures again with grey ones, with another row's, and without any: gaps "
+            "in accuracy and in the log-probability of the gold answer, each with its interval."
+        },
     )
     text_dataset_name: str | None = field(
         default=None, metadata={"help": "Rows without pictures, whose accuracy is reported by itself."}
@@ -108,7 +117,8 @@ def evaluate_model(config: EvaluationConfig, data: DataConfig) -> tuple[dict, li
     sets = {"pictures": (rows, None)} | ({"blank": (rows, blanked)} if config.blank_images else {})
     sets |= {"text": (text_rows, None)} if text_rows else {}
     found: dict[str, Any] = {"num_rows": len(rows), "num_generations": config.num_generations}
-    answers: list[dict] = []
+    encode = partial(encode_prompt, processor, device="cpu")
+    answered: dict[str, list[Answered]] = {}
     with standalone_engine(
         model,
         processor,
@@ -122,9 +132,17 @@ def evaluate_model(config: EvaluationConfig, data: DataConfig) -> tuple[dict, li
         tensor_parallel_size=config.vllm_tensor_parallel_size,
     ) as engine:
         for name, (examples, change) in sets.items():
-            answered = _answers(engine, processor, config, examples, change)
-            found |= _measures(name, answered, processor, config.rewards())
-            answers += [_answer_row(name, row) for row in answered]
+            answered[name] = _answers(engine, processor, config, examples, change)
+            found |= _measures(name, answered[name], processor, config.rewards())
+        if config.grounding:
+            found["grounding"] = measure_grounding(
+                rows,
+                answered,
+                answer=lambda examples: _answers(engine, processor, config, examples, None),
+                logprobs=lambda examples: gold_logprobs(engine, [encode(e) for e in examples], processor),
+                seed=config.seed,
+            )
+        answers = [_answer_row(name, row) for name in answered for row in answered[name]]
     return found, answers
 
 

@@ -39,6 +39,10 @@ class RolloutEngine(Protocol):
         """`num_generations` completions for each prompt, in order; the same seed and weights give the same ones."""
         ...
 
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """For each prompt the log-probability, at temperature 1, of every token of a text that follows it."""
+        ...
+
 
 @runtime_checkable
 class StreamingEngine(RolloutEngine, Protocol):

@@ -36,6 +36,22 @@ class TransformersEngine:
         return self._sample([prompt], sampling, seed, streamer=_Streamer(self._tokenizer, on_text))[0]
 
     @torch.no_grad()
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """One forward a row: nothing is padded, so nothing depends on a model's idea of padding."""
+        found = []
+        device = next(self._policy.parameters()).device
+        was_training = self._policy.training
+        self._policy.eval()
+        for prompt, ids in zip(prompts, texts, strict=True):
+            inputs = torch.tensor([prompt.prompt_ids + ids], device=device)
+            vision = {name: tensor.to(device) for name, tensor in prompt.vision_inputs.items()}
+            logits = self._policy(input_ids=inputs, **vision, logits_to_keep=len(ids) + 1).logits
+            logprobs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
+            found.append(logprobs.gather(1, inputs[0, -len(ids) :, None])[:, 0].tolist())
+        self._policy.train(was_training)
+        return found
+
+    @torch.no_grad()
     def _sample(
         self, rows: list[EncodedPrompt], sampling: Sampling, seed: int, streamer: TextStreamer | None = None
     ) -> list[Completion]:

@@ -3,7 +3,7 @@
 import os
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy
@@ -129,9 +129,22 @@ class VllmEngine:
         _check_prompt(prompt, output)
         return self._completion(output.outputs[0])
 
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """vLLM's log-probabilities of prompts, of which the texts are the end."""
+        from vllm import SamplingParams
+
+        requests = [self._request(prompt, ids) for prompt, ids in zip(prompts, texts, strict=True)]
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        with _random_states_kept():
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        return [
+            [position[token].logprob for position, token in zip(output.prompt_logprobs[-len(ids) :], ids, strict=True)]
+            for output, ids in zip(outputs, texts, strict=True)
+        ]
+
     @staticmethod
-    def _request(prompt: EncodedPrompt) -> dict:
-        request: dict = {"prompt_token_ids": prompt.text_ids}
+    def _request(prompt: EncodedPrompt, text: Sequence[int] = ()) -> dict:
+        request: dict = {"prompt_token_ids": [*prompt.text_ids, *text]}
         if prompt.images:
             request["multi_modal_data"] = {"image": prompt.images}
         return request
