@@ -10,13 +10,13 @@ Two gaps, each the mean over rows of (with its picture) - (without), with a pair
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from r1v_rl.data.images import image_hash
 from r1v_rl.errors import DataError
-from r1v_rl.evaluate.accuracy import Answered, accuracy, blanked
+from r1v_rl.evaluate.accuracy import accuracy_of, blanked
 from r1v_rl.evaluate.interval import Accuracy
 from r1v_rl.evaluate.statistics import paired_test
 from r1v_rl.rollout.engine import RolloutEngine
@@ -27,23 +27,11 @@ from r1v_rl.types import Example
 CONTROLS = ("blank", "shuffled", "dropped")
 
 
-def measure_grounding(
-    examples: Sequence[Example],
-    answered: MutableMapping[str, list[Answered]],
-    *,
-    answer: Callable[[Sequence[Example]], list[Answered]],
-    logprobs: Callable[[Sequence[Example]], list[float]],
-    controls: Sequence[str] = CONTROLS,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """`{num_rows, controls: {name: {num_rows, accuracy, accuracy_gap, logprob_gap}}}` over the rows with pictures.
-
-    Args:
-        answered: Answers by set; `pictures` holds those to the rows as they are. Controls that are not in it are asked
-            and added.
-        answer: Asks the model.
-        logprobs: `gold_logprobs` of these rows.
-        seed: Of the shuffle.
+def control_rows(
+    examples: Sequence[Example], controls: Sequence[str] = CONTROLS, seed: int = 0
+) -> dict[str, list[Example]]:
+    """The rows with pictures as they are (`pictures`), and by each control; a control that is possible for none of them
+    (one picture in all rows cannot be shuffled) is left out.
 
     Raises:
         DataError: If fewer than two rows have pictures.
@@ -51,22 +39,36 @@ def measure_grounding(
     rows = [example for example in examples if example.images]
     if len(rows) < 2:
         raise DataError(f"grounding needs at least two rows with pictures, the held-out set has {len(rows)}")
-    seen, seen_logprobs = _scores(answered["pictures"]), dict(zip(_ids(rows), logprobs(rows), strict=True))
-    found: dict[str, Any] = {"num_rows": len(rows), "controls": {}}
-    for name in controls:
-        changed = without_picture(rows, name, seed)
-        if not changed:
-            continue  # one picture in all rows cannot be shuffled
-        if name not in answered:
-            answered[name] = answer(changed)
-        unseen, ids = _scores(answered[name]), _ids(changed)
-        gap = paired_test([seen[i] for i in ids], [unseen[i] for i in ids], seed=seed).difference
-        nats = paired_test([seen_logprobs[i] for i in ids], logprobs(changed), seed=seed).difference
+    changed = {control: without_picture(rows, control, seed) for control in controls}
+    return {"pictures": rows} | {control: found for control, found in changed.items() if found}
+
+
+def grounding_measures(
+    right: Mapping[str, Mapping[str, Sequence[bool]]], logprobs: Mapping[str, Mapping[str, float]], seed: int = 0
+) -> dict[str, Any]:
+    """`{num_rows, controls: {name: {num_rows, accuracy, accuracy_gap, logprob_gap}}}`; values with their intervals.
+
+    Args:
+        right: By set of `control_rows`, row id -> whether each of its answers is right.
+        logprobs: By set, row id -> log-probability of the gold answer.
+        seed: Of the bootstrap.
+    """
+    shares = {
+        name: {row_id: sum(values) / len(values) for row_id, values in rows.items()} for name, rows in right.items()
+    }
+    found: dict[str, Any] = {"num_rows": len(logprobs["pictures"]), "controls": {}}
+    for name, rows in logprobs.items():
+        if name == "pictures":
+            continue
+        gaps = [
+            paired_test([values["pictures"][i] for i in rows], [values[name][i] for i in rows], seed=seed).difference
+            for values in (shares, logprobs)
+        ]
         found["controls"][name] = {
-            "num_rows": len(ids),
-            "accuracy": asdict(accuracy([row for row in answered[name] if row.example.id in set(ids)])),
-            "accuracy_gap": asdict(gap),
-            "logprob_gap": asdict(nats),
+            "num_rows": len(rows),
+            "accuracy": asdict(accuracy_of({i: right[name][i] for i in rows})),
+            "accuracy_gap": asdict(gaps[0]),
+            "logprob_gap": asdict(gaps[1]),
         }
     return found
 
@@ -81,8 +83,8 @@ def without_picture(examples: Sequence[Example], control: str, seed: int = 0) ->
     return _shuffled(examples, seed)
 
 
-def gold_logprobs(engine: RolloutEngine, prompts: Sequence[EncodedPrompt], processor: Any) -> list[float]:
-    """For each prompt the log-probability of its gold answer (the box's end included) right after an empty think block
+def gold_logprobs(engine: RolloutEngine, prompts: Sequence[EncodedPrompt], processor: Any) -> dict[str, float]:
+    """Row id -> the log-probability of its gold answer (the box's end included) right after an empty think block
     and the opened box, in nats: the sum over its tokens."""
     tokenizer = getattr(processor, "tokenizer", processor)
     texts, starts = [], []
@@ -94,7 +96,9 @@ def gold_logprobs(engine: RolloutEngine, prompts: Sequence[EncodedPrompt], proce
         pairs = zip(opened, ids, strict=False)  # the brace and the answer may be one token
         starts.append(next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(opened), len(ids) - 1)))
     found = engine.token_logprobs(list(prompts), texts)
-    return [sum(logprobs[start:]) for logprobs, start in zip(found, starts, strict=True)]
+    return {
+        prompt.example.id: sum(logprobs[start:]) for prompt, logprobs, start in zip(prompts, found, starts, strict=True)
+    }
 
 
 def grounding_lines(found: Mapping[str, Any] | None) -> list[str]:
@@ -107,18 +111,6 @@ def grounding_lines(found: Mapping[str, Any] | None) -> list[str]:
         points = f"{100 * gap.value:+.1f} points [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
         lines.append(f"gap, {name:<11}{points}, {nats.value:+.2f} nats [{nats.low:+.2f}, {nats.high:+.2f}]")
     return lines
-
-
-def _ids(examples: Sequence[Example]) -> list[str]:
-    return [example.id for example in examples]
-
-
-def _scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """The share of right answers of each row."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for row in answered:
-        right[row.example.id].append(row.verdict.correct is True)
-    return {row_id: sum(values) / len(values) for row_id, values in right.items()}
 
 
 def _dropped(example: Example) -> Example:

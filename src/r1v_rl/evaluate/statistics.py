@@ -106,7 +106,8 @@ def _sign_flips(differences: np.ndarray, seed: int) -> float:
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-    rng, means = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    means: list[float] = []
     while len(means) < NUM_RESAMPLES:
         count = min(NUM_RESAMPLES - len(means), max(1, _BLOCK // len(values)))
         means.extend(values[rng.integers(0, len(values), (count, len(values)))].mean(axis=1))

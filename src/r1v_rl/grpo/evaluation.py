@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
-from r1v_rl.evaluate.grounding import gold_logprobs, measure_grounding
+from r1v_rl.evaluate.grounding import control_rows, gold_logprobs, grounding_measures
 from r1v_rl.evaluate.reflections import opening_tokens
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, score
 from r1v_rl.grpo.resume import GRPOResume
@@ -138,17 +138,18 @@ class HeldoutEvaluation(GRPOResume):
     # ---- grounding --------------------------------------------------------------------------------------------------
 
     def grounding(self) -> dict[str, Any]:
-        """`measure_grounding` of the first `grounding_size` rows with pictures."""
+        """`grounding_measures` of the first `grounding_size` rows with pictures."""
         known = [*(self.eval_examples or []), *(row for rows in self.eval_sets.values() for row in rows)]
         rows = [example for example in known if example.images][: self.args.grounding_size]
-        return measure_grounding(
-            rows,
-            {"pictures": self.heldout_answers(rows)},
-            answer=self.heldout_answers,
-            logprobs=lambda part: gold_logprobs(self.engine, self._encode(part), self.processing_class),
-            controls=self.args.grounding_controls,
-            seed=self.args.seed,
-        )
+        right: dict[str, dict[str, list[bool]]] = {}
+        logprobs: dict[str, dict[str, float]] = {}
+        for name, asked in control_rows(rows, self.args.grounding_controls, self.args.seed).items():
+            right[name] = {row.example.id: [row.verdict.correct is True] for row in self.heldout_answers(asked)}
+            logprobs[name] = {}
+            for start in range(0, len(asked), _CHUNK):
+                prompts = self._encode(asked[start : start + _CHUNK])
+                logprobs[name] |= gold_logprobs(self.engine, prompts, self.processing_class)
+        return grounding_measures(right, logprobs, self.args.seed)
 
     def log_grounding(self) -> None:
         """`grounding/CONTROL/accuracy_gap` and `/logprob_gap` with their intervals; `grounding/gap` is the first

@@ -22,7 +22,14 @@ from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.tracking.manifest import write_run_manifest
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
-from r1v_rl.training.launch import check_output_dir, check_processes, exit_code, resume_value, take_model_keys
+from r1v_rl.training.launch import (
+    check_output_dir,
+    check_processes,
+    exit_code,
+    resume_value,
+    say_contamination,
+    take_model_keys,
+)
 from r1v_rl.types import Example
 
 SUMMARY = "summary.json"
@@ -61,6 +68,7 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
     sets = eval_sets(run, args, data)
     asked = [*heldout, *itertools.chain(*sets.values())]
     check_measured(run, args, asked)
+    say_contamination(train, asked, data.contamination_check)
     longest = longest_prompt([*train, *asked], processor, context_of(model.model_name_or_path, args), args)
     args.vllm_max_model_length = longest + args.max_completion_length
     trainer = GRPOTrainer(
