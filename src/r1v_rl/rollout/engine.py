@@ -1,5 +1,6 @@
 """What a rollout engine is: something that samples completions of prompts, with weights it is given."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,4 +37,19 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """`num_generations` completions for each prompt, in order; the same seed and weights give the same ones."""
+        ...
+
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """For each prompt the log-probability, at temperature 1, of every token of a text that follows it."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """One that can also hand out an answer while it is written."""
+
+    def stream(
+        self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]
+    ) -> Completion:
+        """One completion; `on_text` receives its text piece by piece, without special tokens."""
         ...
