@@ -1,6 +1,7 @@
 """What a rollout engine is: something that samples completions of prompts, with weights it is given."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -14,16 +15,29 @@ class Sampling:
     """How completions are drawn."""
 
     num_generations: int
-    max_tokens: int
+    max_tokens: int | Sequence[int]
+    """One for all prompts, or one for each."""
     temperature: float = 1.0
     """0 takes the most likely token; `num_generations` must be 1 then."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""
     min_p: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | Sequence[float] = 1.0
+    """One for all prompts, or one for each; logits of tokens of the prompt and of the completion so far are divided by
+    it where they are positive, and multiplied where they are not."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The recipe's `generation_kwargs`, in the engine's own names."""
+
+    def for_each(self, num_prompts: int) -> "list[Sampling]":
+        """How each prompt's completions are drawn, with one limit and one penalty."""
+        limits = self.max_tokens if isinstance(self.max_tokens, Sequence) else [self.max_tokens] * num_prompts
+        given = self.repetition_penalty
+        penalties = given if isinstance(given, Sequence) else [given] * num_prompts
+        pairs = zip(limits, penalties, strict=True)
+        each = [replace(self, max_tokens=limit, repetition_penalty=penalty) for limit, penalty in pairs]
+        assert len(each) == num_prompts
+        return each
 
 
 @runtime_checkable

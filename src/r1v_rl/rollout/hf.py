@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
@@ -24,7 +26,9 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """Completions without log-probabilities: they are the policy's own, which the trainer computes anyway."""
-        rows = [prompt for prompt in prompts for _ in range(sampling.num_generations)]
+        count = sampling.num_generations
+        rows = [prompt for prompt in prompts for _ in range(count)]
+        each = [one for one in sampling.for_each(len(prompts)) for _ in range(count)]
         device = next(self._policy.parameters()).device
         inputs = self._tokenizer.pad(
             {"input_ids": [row.prompt_ids for row in rows]}, padding_side="left", return_tensors="pt"
@@ -35,14 +39,13 @@ class TransformersEngine:
         self._policy.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            output = self._policy.generate(**inputs, **vision, **self._arguments(sampling))
+            output = self._policy.generate(**inputs, **vision, **self._arguments(sampling, each, inputs))
         self._policy.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        completions = [self._completion(ids) for ids in new_tokens]
-        count = sampling.num_generations
+        completions = [self._completion(ids[: one.max_tokens]) for ids, one in zip(new_tokens, each, strict=True)]
         return [completions[i : i + count] for i in range(0, len(completions), count)]
 
-    def _arguments(self, sampling: Sampling) -> dict:
+    def _arguments(self, sampling: Sampling, each: list[Sampling], inputs: Any) -> dict:
         choice = (
             {"do_sample": False}
             if sampling.temperature == 0.0
@@ -54,9 +57,17 @@ class TransformersEngine:
                 "min_p": sampling.min_p,
             }
         )
+        limits, start = [one.max_tokens for one in each], inputs["input_ids"].shape[1]
+        penalties = [one.repetition_penalty for one in each]
+        processors, criteria = LogitsProcessorList(), StoppingCriteriaList()
+        if any(penalty != 1.0 for penalty in penalties):
+            processors.append(_RepetitionPenalties(penalties, inputs["attention_mask"]))
+        if len(set(limits)) > 1:
+            criteria.append(_TokenLimits(limits, start))
         return {
-            "max_new_tokens": sampling.max_tokens,
-            "repetition_penalty": sampling.repetition_penalty,
+            "max_new_tokens": max(limits),
+            "logits_processor": processors,
+            "stopping_criteria": criteria,
             "eos_token_id": self._eos,
             "pad_token_id": self._tokenizer.pad_token_id,
             "suppress_tokens": self._banned or None,
@@ -69,3 +80,31 @@ class TransformersEngine:
         kept = token_ids if end is None else token_ids[:end]
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(token_ids=kept, logprobs=[], text=text, is_truncated=end is None)
+
+
+class _RepetitionPenalties(LogitsProcessor):
+    """Each row's own penalty over its prompt and what it has written, as vLLM has it; transformers' own takes one
+    for all rows, and counts the padding before a short prompt as written."""
+
+    def __init__(self, penalties: list[float], prompt_mask: Tensor):
+        self._penalties = torch.tensor(penalties, device=prompt_mask.device)[:, None]
+        self._mask = prompt_mask.bool()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Args: `input_ids` (B, T) so far, `scores` (B, V) of the next token."""
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        real[:, : self._mask.shape[1]] = self._mask
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_reduce(1, input_ids, real, "amax")
+        penalised = torch.where(scores > 0, scores / self._penalties, scores * self._penalties)
+        return torch.where(seen, penalised, scores)
+
+
+class _TokenLimits(StoppingCriteria):
+    """Ends each row after as many new tokens as it may have."""
+
+    def __init__(self, limits: list[int], start: int):
+        self._limits, self._start = torch.tensor(limits), start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """(B,): whether each row is done."""
+        return (input_ids.shape[1] - self._start >= self._limits).to(input_ids.device)

@@ -101,7 +101,8 @@ class VllmEngine:
         requests = [self._request(prompt) for prompt in prompts]
         with _random_states_kept():
             torch.manual_seed(seed)  # seeds of single requests break chunked prefills on a CPU, and are slower
-            outputs = self._llm.generate(requests, self._parameters(sampling), use_tqdm=False)
+            parameters = [self._parameters(one) for one in sampling.for_each(len(prompts))]
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if list(output.prompt_token_ids) != prompt.prompt_ids:
                 raise UserError(
