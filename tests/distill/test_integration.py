@@ -28,7 +28,6 @@ def test_the_reason_names_the_patterns():
 
 
 def test_pictures_count():
-    assert scored(RELATE, 0) == 0.0
     assert scored(IDENTIFY, 3) > scored(IDENTIFY, 1)
 
 

@@ -48,10 +48,8 @@ def integration_by_rules(question: str, num_images: int = 1) -> Integration:
 
     Args:
         question: The conversation's text.
-        num_images: A row without a picture has nothing to be read together, and scores 0.
+        num_images: Of the row, at least one: text alone has nothing to be read together with.
     """
-    if num_images == 0:
-        return Integration(0.0, "no picture")
     found = {
         "why or how": (_distinct(_CAUSAL, question), 0.2),
         "presupposition": (_distinct(_PRESUPPOSED, question), 0.1),
