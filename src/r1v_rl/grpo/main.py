@@ -20,7 +20,14 @@ from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.tracking.manifest import write_run_manifest
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
-from r1v_rl.training.launch import check_output_dir, check_processes, exit_code, resume_value, take_model_keys
+from r1v_rl.training.launch import (
+    check_output_dir,
+    check_processes,
+    exit_code,
+    resume_value,
+    say_contamination,
+    take_model_keys,
+)
 
 SUMMARY = "summary.json"
 CONFIGS = (RunConfig, GRPOConfig, DataConfig, ModelConfig)
@@ -55,6 +62,7 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
     processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     train = load_configured_examples(data, seed=args.seed)
     heldout = heldout_examples(run, data, args.seed)
+    say_contamination(train, heldout, data.contamination_check)
     longest = longest_prompt([*train, *heldout], processor, context_of(model.model_name_or_path, args), args)
     args.vllm_max_model_length = longest + args.max_completion_length
     trainer = GRPOTrainer(
