@@ -49,7 +49,8 @@ def ablate(rows: Sequence[Row], generator: Generator, judge: Judge, config: Dist
     found: list[list[Chain]] = []
     for label, change in (("with pictures", None), ("without pictures", blanked)):
         examples = [change(row.example) if change else row.example for row in rows]
-        groups = generator([Request(example, greedy) for example in examples], label=label)
+        requests = [Request(example, config.max_completion_length) for example in examples]
+        groups = generator(requests, greedy, label=label)
         chains = [replace(group[0]) for group in groups]
         judge(examples, chains)
         found.append(chains)
@@ -58,7 +59,7 @@ def ablate(rows: Sequence[Row], generator: Generator, judge: Judge, config: Dist
 
 
 def necessity(seeing: bool | None, blind: bool | None) -> SubScore:
-    """How much an answer depends on the pictures: 0 where it is right without them, 1 where it is right with them alone.
+    """How much an answer depends on the pictures: 0 where it is right without them, 1 where only with them.
 
     Wrong both ways says nothing: 0.5. None where an answer cannot be judged.
     """
@@ -68,9 +69,7 @@ def necessity(seeing: bool | None, blind: bool | None) -> SubScore:
     return SubScore(0.0 if blind else (1.0 if seeing else 0.5), reason)
 
 
-def ask_judge(
-    rows: Sequence[Row], judge: ChatModel, config: DistillConfig, store: ReplyStore, budget: Budget
-) -> None:
+def ask_judge(rows: Sequence[Row], judge: ChatModel, config: DistillConfig, store: ReplyStore, budget: Budget) -> None:
     """Text scores, necessity and integration by the recipe's rubric; a reply that cannot be read is asked for again,
     then the row is unscored."""
     todo = {row.example.id: (row, assessment_question(row.example, config)) for row in rows}

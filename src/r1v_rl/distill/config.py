@@ -23,7 +23,8 @@ class DistillConfig(JudgeConfig):
     """What is distilled, by whom, and what it may cost; rows are named by the data keys."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder of the model that writes the chains, and that is to be trained on them."}
+        default=None,
+        metadata={"help": "Folder of the model that writes the chains, and that is to be trained on them."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the data set, its card and its report."})
     assessment: str = field(
@@ -111,8 +112,9 @@ class DistillConfig(JudgeConfig):
         default=None, metadata={"help": "Options of `vllm serve`, such as {max-model-len: 4096}."}
     )
     serve_timeout_s: float = field(default=1800.0, metadata={"help": "Seconds that the server may take to start."})
-    max_similarity: float = field(
-        default=0.8, metadata={"help": "Rows with the same pictures and more alike texts than this are duplicates."}
+    duplicate_share: float = field(
+        default=0.8,
+        metadata={"help": "Rows with the same pictures that share so much of their text are duplicates; 0 = keep all."},
     )
     export_format: str = field(
         default="parquet", metadata={"help": "Of the data set.", "choices": ["parquet", "jsonl"]}

@@ -16,26 +16,26 @@ _ONE_LANGUAGE = {"CJK": "East Asian", "HIRAGANA": "East Asian", "KATAKANA": "Eas
 _WORD = re.compile(r"\S+")
 _LATIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")
 """Not the names of points and variables, nor LaTeX's commands, which stand in texts of every language."""
+_PICTURE = r"(?:image|picture|photo|figure|diagram|chart|graph|attachment)s?"
+_SHOWN = r"(?:provided|given|attached|shown|visible|available)"
 _BLIND = re.compile(
     r"\b(?:(?:can(?:'|’)?t|cannot|can not|unable to|not able to|don(?:'|’)t|do not) (?:actually |really )?"
-    r"(?:see|view|access|perceive|look at|have access to) (?:the|this|that|any|an|a|your)? ?"
-    r"(?:image|picture|photo|figure|diagram|chart|graph|attachment)s?"
-    r"|no (?:image|picture|photo|figure|diagram) (?:is |was |has been )?(?:provided|given|attached|shown|visible|available)"
-    r"|(?:image|picture|photo|figure|diagram) (?:is|was) (?:not|n't) (?:provided|given|attached|shown|visible|available)"
-    r"|as a(?:n ai| large)? (?:text-based |text-only )?(?:language )?model)\b",
+    rf"(?:see|view|access|perceive|look at|have access to) (?:(?:the|this|that|any|an|a|your) )?{_PICTURE}"
+    rf"|no {_PICTURE} (?:(?:is|was|has been) )?{_SHOWN}"
+    rf"|{_PICTURE} (?:(?:is|was) not|isn't|wasn't) {_SHOWN}"
+    r"|as an? (?:ai |large )?(?:text-based |text-only )?(?:language )?model)\b",
     re.IGNORECASE,
 )
+_KNOWN = r"(?:correct|reference|given|gold|provided|expected) (?:final )?answer"
 _LEAK = re.compile(
-    r"\b(?:(?:correct|reference|given|gold|provided|expected) (?:final )?answer (?:is (?:given|known|stated|said)|says|states|"
-    r"was given)|(?:according to|matches|match|agrees with|given) the (?:reference|correct|gold|expected|provided) (?:final )?"
-    r"answer|the student(?:'s)?|student's (?:solution|answer)|(?:previous|original) (?:solution|attempt|answer))\b",
+    rf"\b(?:{_KNOWN} (?:is (?:given|known|stated|said)|says|states|was given)"
+    rf"|(?:according to|match(?:es)?|agrees with|given) the {_KNOWN}"
+    r"|the student(?:'s)?|student's (?:solution|answer)|(?:previous|original) (?:solution|attempt|answer))\b",
     re.IGNORECASE,
 )
 
 
-def degenerate(
-    chain: str, *, opens_think: bool, question: str, max_repeated: float, is_revision: bool = False
-) -> str:
+def degenerate(chain: str, *, opens_think: bool, question: str, max_repeated: float, is_revision: bool = False) -> str:
     """What is wrong with a chain, in words; nothing where it can be learned from.
 
     Args:
@@ -69,7 +69,7 @@ def repeated_frac(text: str) -> float:
 
 
 def mixed_scripts(text: str, question: str = "") -> str:
-    """The scripts of a text in more than one, with their shares; nothing where it keeps to one, or to the question's."""
+    """The scripts of a text in several, with their shares; nothing where it keeps to one, or to the question's."""
     counts = _scripts(text)
     asked = set(_scripts(question))
     total = counts.total()

@@ -1,7 +1,7 @@
 """Chains from the model in process, or from one behind an endpoint; each is kept, so that it is written once."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,19 +33,20 @@ MAX_CONTEXT_IMAGES = 64
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row to be answered, with its own penalty and limit in `sampling`."""
+    """A row to be answered, with its own limits."""
 
     example: Example
-    sampling: Sampling
+    max_tokens: int
+    repetition_penalty: float = 1.0
 
 
 class Generator(Protocol):
-    """Writes chains, `num_generations` of them for each request, in order."""
+    """Writes chains, `sampling.num_generations` of them for each request, in order; limits are the requests' own."""
 
     name: str
     weights_sha256: str
 
-    def __call__(self, requests: Sequence[Request], *, label: str) -> list[list[Chain]]: ...
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, *, label: str) -> list[list[Chain]]: ...
 
 
 class ModelGenerator:
@@ -62,37 +63,32 @@ class ModelGenerator:
         self.name = str(self._config.model_name_or_path)
         self.weights_sha256 = weights_sha256(self.name)
 
-    def __call__(self, requests: Sequence[Request], *, label: str) -> list[list[Chain]]:
-        keys = [self._key(request) for request in requests]
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, *, label: str) -> list[list[Chain]]:
+        keys = [self._key(request, sampling) for request in requests]
         size = self._config.generation_batch_size
         with tqdm(total=len(requests), desc=label, disable=None, unit="row") as bar:
             for start in range(0, len(requests), size):
                 block = dict(zip(keys[start : start + size], requests[start : start + size], strict=True))
                 missing = {key: request for key, request in block.items() if key not in self._store}
                 if missing:
-                    self._store.put(*self._generated(missing))
+                    self._store.put(*self._generated(missing, sampling))
                     fault_point("chains_written")
                 bar.update(len(requests[start : start + size]))
         return [[Chain(**chain) for chain in self._store.get(key)] for key in keys]
 
-    def _key(self, request: Request) -> str:
+    def _key(self, request: Request, sampling: Sampling) -> str:
         config = self._config
         text = prompt_text(self._processor, request.example, self._recipe.template_kwargs)
         images = [image_hash(image) for image in request.example.images]
-        how = [asdict(request.sampling), config.seed, config.dtype, config.use_vllm, self._recipe.data.max_image_tiles]
-        return content_key("chains", self.weights_sha256, text, images, how)
+        how = [config.seed, config.dtype, config.use_vllm, self._recipe.data.max_image_tiles]
+        drawn = asdict(_with_limits(sampling, [request]))
+        return content_key("chains", self.weights_sha256, text, images, drawn, how)
 
-    def _generated(self, missing: dict[str, Request]) -> list[tuple[str, list[dict[str, Any]]]]:
+    def _generated(self, missing: dict[str, Request], sampling: Sampling) -> list[tuple[str, list[dict[str, Any]]]]:
         requests = list(missing.values())
-        each = [request.sampling for request in requests]
-        together = replace(
-            each[0],
-            max_tokens=[one.max_tokens for one in each],  # type: ignore[arg-type]  (one number in each of them)
-            repetition_penalty=[one.repetition_penalty for one in each],  # type: ignore[arg-type]
-        )
         prompts = [self._encoded(request.example) for request in requests]
         seed = int.from_bytes(hashlib.sha256("".join(missing).encode()).digest()[:4], "big") >> 1
-        groups = self.engine().generate(prompts, together, seed=seed)
+        groups = self.engine().generate(prompts, _with_limits(sampling, requests), seed=seed)
         return [
             (key, [asdict(Chain(c.text, len(c.token_ids), c.is_truncated)) for c in group])
             for key, group in zip(missing, groups, strict=True)
@@ -132,29 +128,26 @@ class ModelGenerator:
 class EndpointGenerator:
     """A model behind an endpoint; the penalty goes with each request where it is not 1 (vLLM knows the argument)."""
 
-    def __init__(
-        self, recipe: Recipe, model: ChatModel, processor: Any, store: ReplyStore, budget: Budget
-    ):
+    def __init__(self, recipe: Recipe, model: ChatModel, processor: Any, store: ReplyStore, budget: Budget):
         self._recipe, self._model, self._processor = recipe, model, processor
         self._store, self._budget = store, budget
         self.name, self.weights_sha256 = model.model, ""
 
-    def __call__(self, requests: Sequence[Request], *, label: str) -> list[list[Chain]]:
-        questions = [question for request in requests for question in self.questions(request)]
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, *, label: str) -> list[list[Chain]]:
+        questions = [question for request in requests for question in self.questions(request, sampling)]
         replies = iter(self._model.ask(questions, self._store, label=label, budget=self._budget))
         found = []
         for request in requests:
             opened = prompt_opens_think(prompt_text(self._processor, request.example, self._recipe.template_kwargs))
-            group = [next(replies) for _ in range(request.sampling.num_generations)]
+            group = [next(replies) for _ in range(sampling.num_generations)]
             found.append([self._chain(reply.text, reply.error, opened, request) for reply in group])
         return found
 
-    def questions(self, request: Request) -> list[ChatQuestion]:
+    def questions(self, request: Request, sampling: Sampling) -> list[ChatQuestion]:
         """One for each chain, told apart by their seeds."""
-        sampling = request.sampling
-        parameters: dict[str, Any] = {"max_completion_tokens": sampling.max_tokens}
-        if sampling.repetition_penalty != 1.0:
-            parameters["extra_body"] = {"repetition_penalty": sampling.repetition_penalty}
+        parameters: dict[str, Any] = {"max_completion_tokens": request.max_tokens}
+        if request.repetition_penalty != 1.0:
+            parameters["extra_body"] = {"repetition_penalty": request.repetition_penalty}
         text = question_text(request.example).replace("<image>\n", "")
         return [
             ChatQuestion(
@@ -173,8 +166,7 @@ class EndpointGenerator:
         full = with_prompt_think(text, None)
         completion = full.removeprefix("<think>").removeprefix("\n") if opened else full
         count = count_tokens(self._processor, completion)
-        assert isinstance(request.sampling.max_tokens, int)
-        return Chain(completion, count, count >= request.sampling.max_tokens)
+        return Chain(completion, count, count >= request.max_tokens)
 
 
 def count_tokens(processor: Any, completion: str) -> int:
@@ -194,6 +186,9 @@ def weights_sha256(model: str) -> str:
     return digest.hexdigest()
 
 
-def by_images(change: Callable[[Example], Example], request: Request) -> Request:
-    """The request with the row's pictures changed."""
-    return replace(request, example=change(request.example))
+def _with_limits(sampling: Sampling, requests: Sequence[Request]) -> Sampling:
+    return replace(
+        sampling,
+        max_tokens=[request.max_tokens for request in requests],
+        repetition_penalty=[request.repetition_penalty for request in requests],
+    )

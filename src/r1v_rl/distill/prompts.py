@@ -23,13 +23,13 @@ quality: 5 = grammatical, coherent, complete, with exactly one answer; 0 = unrea
 difficulty: 5 = needs expert knowledge of a subject; 0 = a small child knows it
 reasoning_demand: 5 = many dependent steps of inference; 0 = one look or one recalled fact
 necessity: 5 = cannot be answered without the picture; 0 = the text alone suffices, or the picture is beside the point
-integration: 5 = text and picture must be related point by point (why and how questions with what they presuppose, several
-objects and their relations, terms of a science); 0 = names or finds one thing (what is, where is)
+integration: 5 = text and picture must be related point by point (why and how questions with what they presuppose,
+several objects and their relations, terms of a science); 0 = names or finds one thing (what is, where is)
 
 Reply with one JSON object: {"quality": {"reason": "...", "score": N}, "difficulty": {...}, "reasoning_demand": {...},
 "necessity": {...}, "integration": {...}}
 """
-AGAIN = "\n\nThe reply before this one (number {number}) could not be read: {problem}. Reply with the JSON object alone."
+AGAIN = "\n\nThe reply before this one (number {number}) could not be read: {problem}. Reply with JSON alone."
 REVISE_AGAIN = "\n\nRevision {number} could not be used: {problem}. Write it again."
 _MAX_REASON = 120
 _FENCE = re.compile(r"\A\s*```(?:json)?\s*(.*?)\s*```\s*\Z", re.DOTALL)
@@ -84,10 +84,13 @@ def read_assessment(reply: str) -> dict[str, SubScore] | str:
 
 def read_json(reply: str) -> dict[str, Any] | str:
     """The JSON object that a reply is, after a think block and inside a code fence too, or what is wrong with it."""
-    text = reply.rpartition("</think>")[2].strip()
-    fenced = _FENCE.match(text)
-    try:
-        parsed = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError) as error:
-        return f"it is no JSON ({str(error)[:80]})"
-    return parsed if isinstance(parsed, dict) else "it is no JSON object"
+    problem = ""
+    for text in (reply, reply.rpartition("</think>")[2]):  # a reason may speak of the tag
+        fenced = _FENCE.match(text)
+        try:
+            parsed = json.loads(fenced[1] if fenced else text)
+        except (ValueError, RecursionError) as error:
+            problem = problem or f"it is no JSON ({str(error)[:80]})"
+            continue
+        return parsed if isinstance(parsed, dict) else "it is no JSON object"
+    return problem

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from r1v_rl.data.chat import prompt_text
 from r1v_rl.distill import prompts
 from r1v_rl.distill.config import Recipe
 from r1v_rl.distill.degenerate import degenerate
 from r1v_rl.distill.generate import count_tokens
 from r1v_rl.distill.records import Chain, Row
-from r1v_rl.data.chat import prompt_text
 from r1v_rl.scoring import judge_answers
 from r1v_rl.scoring.budget import Budget
 from r1v_rl.scoring.chat_model import ChatQuestion
@@ -32,8 +32,8 @@ class Selection:
         self._reviser = recipe.distill.reviser()
 
     def judge(self, examples: Sequence[Example], chains: Sequence[Chain]) -> None:
-        """Fill in whether each chain's answer is right: by the rules, and where these cannot tell by the judge, who sees
-        the final answer alone; and what else makes it unfit."""
+        """Fill in whether each chain's answer is right, by the rules, and where these cannot tell by the judge, who
+        sees the final answer alone; and what else makes it unfit."""
         opens = [self.opens_think(example) for example in examples]
         kinds = [example.columns.get("answer_kind") or self._config.answer_kind for example in examples]
         verdicts = judge_answers(
@@ -98,7 +98,7 @@ class Selection:
                 if chain.is_good:
                     row.kept, row.reason = chain, f"revision {number + 1}; {_account(row.own)}"
                 else:
-                    problems[row.example.id] = chain.problem or f"its answer is {chain.answer!r:.40}, which is not right"
+                    problems[row.example.id] = chain.problem or f"its answer {chain.answer!r:.40} is not right"
                     row.reason = f"dropped: {_account(row.own)}; revision {number + 1}: {problems[row.example.id]}"
 
     def _revision_question(self, row: Row, number: int, problem: str) -> ChatQuestion:
@@ -107,7 +107,9 @@ class Selection:
         answer = WorkedAnswer(row.example, base.text, with_prompt_think(base.text, opened))
         (question,) = config.questions(config.reviser_prompt, [answer])
         if number:
-            question = replace(question, text=question.text + prompts.REVISE_AGAIN.format(number=number, problem=problem))
+            question = replace(
+                question, text=question.text + prompts.REVISE_AGAIN.format(number=number, problem=problem)
+            )
         return question
 
     def _read(self, row: Row, reply: str | None) -> Chain | None:

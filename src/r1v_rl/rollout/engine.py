@@ -1,7 +1,7 @@
 """What a rollout engine is: something that samples completions of prompts, with weights it is given."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -29,15 +29,14 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict)
     """The recipe's `generation_kwargs`, in the engine's own names."""
 
-    def for_each(self, num_prompts: int) -> "list[Sampling]":
-        """How each prompt's completions are drawn, with one limit and one penalty."""
-        limits = self.max_tokens if isinstance(self.max_tokens, Sequence) else [self.max_tokens] * num_prompts
-        given = self.repetition_penalty
-        penalties = given if isinstance(given, Sequence) else [given] * num_prompts
-        pairs = zip(limits, penalties, strict=True)
-        each = [replace(self, max_tokens=limit, repetition_penalty=penalty) for limit, penalty in pairs]
-        assert len(each) == num_prompts
-        return each
+    def limits(self, num_prompts: int) -> list[tuple[int, float]]:
+        """(most tokens, repetition penalty) of each prompt."""
+        tokens, penalties = (
+            list(value) if isinstance(value, Sequence) else [value] * num_prompts
+            for value in (self.max_tokens, self.repetition_penalty)
+        )
+        assert len(tokens) == len(penalties) == num_prompts
+        return list(zip(tokens, penalties, strict=True))
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ class TransformersEngine:
         """Completions without log-probabilities: they are the policy's own, which the trainer computes anyway."""
         count = sampling.num_generations
         rows = [prompt for prompt in prompts for _ in range(count)]
-        each = [one for one in sampling.for_each(len(prompts)) for _ in range(count)]
+        limits = [limit for limit in sampling.limits(len(prompts)) for _ in range(count)]
         device = next(self._policy.parameters()).device
         inputs = self._tokenizer.pad(
             {"input_ids": [row.prompt_ids for row in rows]}, padding_side="left", return_tensors="pt"
@@ -39,13 +39,13 @@ class TransformersEngine:
         self._policy.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            output = self._policy.generate(**inputs, **vision, **self._arguments(sampling, each, inputs))
+            output = self._policy.generate(**inputs, **vision, **self._arguments(sampling, limits, inputs))
         self._policy.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        completions = [self._completion(ids[: one.max_tokens]) for ids, one in zip(new_tokens, each, strict=True)]
+        completions = [self._completion(ids[:most]) for ids, (most, _) in zip(new_tokens, limits, strict=True)]
         return [completions[i : i + count] for i in range(0, len(completions), count)]
 
-    def _arguments(self, sampling: Sampling, each: list[Sampling], inputs: Any) -> dict:
+    def _arguments(self, sampling: Sampling, limits: list[tuple[int, float]], inputs: Any) -> dict:
         choice = (
             {"do_sample": False}
             if sampling.temperature == 0.0
@@ -57,15 +57,14 @@ class TransformersEngine:
                 "min_p": sampling.min_p,
             }
         )
-        limits, start = [one.max_tokens for one in each], inputs["input_ids"].shape[1]
-        penalties = [one.repetition_penalty for one in each]
+        most, penalties = [tokens for tokens, _ in limits], [penalty for _, penalty in limits]
         processors, criteria = LogitsProcessorList(), StoppingCriteriaList()
         if any(penalty != 1.0 for penalty in penalties):
             processors.append(_RepetitionPenalties(penalties, inputs["attention_mask"]))
-        if len(set(limits)) > 1:
-            criteria.append(_TokenLimits(limits, start))
+        if len(set(most)) > 1:
+            criteria.append(_TokenLimits(most, inputs["input_ids"].shape[1]))
         return {
-            "max_new_tokens": max(limits),
+            "max_new_tokens": max(most),
             "logits_processor": processors,
             "stopping_criteria": criteria,
             "eos_token_id": self._eos,

@@ -101,7 +101,7 @@ class VllmEngine:
         requests = [self._request(prompt) for prompt in prompts]
         with _random_states_kept():
             torch.manual_seed(seed)  # seeds of single requests break chunked prefills on a CPU, and are slower
-            parameters = [self._parameters(one) for one in sampling.for_each(len(prompts))]
+            parameters = [self._parameters(sampling, *limits) for limits in sampling.limits(len(prompts))]
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             if list(output.prompt_token_ids) != prompt.prompt_ids:
@@ -118,18 +118,18 @@ class VllmEngine:
             request["multi_modal_data"] = {"image": prompt.images}
         return request
 
-    def _parameters(self, sampling: Sampling):
+    def _parameters(self, sampling: Sampling, max_tokens: int, repetition_penalty: float):
         from vllm import SamplingParams
 
         return SamplingParams(
             **{
                 "n": sampling.num_generations,
-                "max_tokens": sampling.max_tokens,
+                "max_tokens": max_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "min_p": sampling.min_p or 0.0,
-                "repetition_penalty": sampling.repetition_penalty,
+                "repetition_penalty": repetition_penalty,
                 "logprobs": 0,
                 "flat_logprobs": True,
                 "detokenize": False,  # token by token it costs more than the tiny model itself

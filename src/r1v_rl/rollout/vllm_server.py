@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from r1v_rl.errors import UserError
-from r1v_rl.runtime import children_prepared, die_with_parent
-from r1v_rl.tiny.parts import resolve_part
+from r1v_rl.runtime import DIE_WITH_PARENT, children_prepared, die_with_parent
 from r1v_rl.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -38,6 +37,7 @@ def vllm_server(
     """Serves `model` under each of `names`; yields the base URL, `http://127.0.0.1:PORT/v1`.
 
     Args:
+        model: Folder or hub id.
         options: Of `vllm serve`, without their dashes; true is a switch.
         log: File for what the server says.
 
@@ -49,14 +49,14 @@ def vllm_server(
     if find_spec("vllm") is None:
         raise UserError("`serve_model` needs vLLM: pip install vllm, or name an endpoint in `judge_base_url`")
     port = _free_port()
-    command = [sys.executable, "-m", _SERVER, "--model", str(resolve_part(model))]
+    command = [sys.executable, "-m", _SERVER, "--model", model]
     command += ["--host", _HOST, "--port", str(port), "--served-model-name", *names, *_words(options)]
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
     with children_prepared(), open(log, "w") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **_environment()},
+            env={**os.environ, **_environment(), DIE_WITH_PARENT: str(parent)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -106,7 +106,8 @@ def _words(options: Mapping[str, Any]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    settings = {"VLLM_LOGGING_LEVEL": "WARNING"}
+    # spawned, its engine process runs our start-up file, and dies with the server as the server dies with the run
+    settings = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     if not torch.cuda.is_available():
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
     return {key: value for key, value in settings.items() if key not in os.environ}

@@ -79,11 +79,12 @@ def write_report(output_dir: Path | str) -> Path:
         _values("Configuration", config),
         _values("Versions, hashes, seeds", {key: value for key, value in manifest.items() if key != "config"}),
     ]
-    replace_file(output_dir / REPORT, _page(output_dir.resolve().name, "".join(sections)).encode())
+    replace_file(output_dir / REPORT, page(output_dir.resolve().name, "".join(sections)).encode())
     return output_dir / REPORT
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """The page around a body that is HTML already."""
     template = files("r1v_rl.tracking").joinpath("page.html").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body=body)
 
