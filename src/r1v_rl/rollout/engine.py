@@ -31,10 +31,9 @@ class Sampling:
 
     def limits(self, num_prompts: int) -> list[tuple[int, float]]:
         """(most tokens, repetition penalty) of each prompt."""
-        tokens, penalties = (
-            list(value) if isinstance(value, Sequence) else [value] * num_prompts
-            for value in (self.max_tokens, self.repetition_penalty)
-        )
+        tokens, penalties = self.max_tokens, self.repetition_penalty
+        tokens = tokens if isinstance(tokens, Sequence) else [tokens] * num_prompts
+        penalties = penalties if isinstance(penalties, Sequence) else [penalties] * num_prompts
         assert len(tokens) == len(penalties) == num_prompts
         return list(zip(tokens, penalties, strict=True))
 
