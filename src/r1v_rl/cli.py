@@ -29,6 +29,9 @@ COMMANDS: Mapping[str, Command] = {
         "r1v_rl.assembly:transfer_main", "move a trained projector to another language model of the same hidden size"
     ),
     "sft": Command("r1v_rl.sft.main:main", "fine-tune a vision-language model on target texts, any parts of it"),
+    "distill": Command(
+        "r1v_rl.distill.main:main", "make reasoning chains of fitting length: score, generate, judge, revise, export"
+    ),
     "iterate": Command(
         "r1v_rl.sft.iterate.main:main", "iterative fine-tuning: answer, judge, score, select and train, round by round"
     ),
