@@ -15,6 +15,7 @@ from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
+from r1v_rl.evaluate.gold import check_golds
 from r1v_rl.grpo import main as grpo_main
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.preflight import context_of, how_prompts_run, longest_prompt, try_rewards
@@ -150,6 +151,8 @@ def check_evaluate(values: dict[str, Any], report: Report) -> None:
 def _benchmarks(config: evaluation.EvaluationConfig, data: DataConfig, report: Report) -> tuple[str, Sequence[Example]]:
     report.place.require("benchmark_root", config.benchmark_root)
     found = evaluation.benchmark_examples(config, data)
+    for name, rows in found.items():
+        print(f"  {name}: {check_golds(rows, timeout_s=config.reward_timeout_s)}", flush=True)
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
     return sizes, [example for rows in found.values() for example in rows]
 
