@@ -19,6 +19,7 @@ LAYERS = (
     "scoring",
     "rollout",
     "evaluate",
+    "chat",
     "training",
     "distill",
     "sft",

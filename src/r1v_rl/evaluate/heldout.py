@@ -1,9 +1,9 @@
 """One model on held-out rows (with pictures, with blank ones, on text alone) or on benchmarks, and what it reached."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from r1v_rl.evaluate.answering import AnswerFile, Asking, RowSet, answer_sets
 from r1v_rl.evaluate.benchmark_config import BenchmarkConfig
 from r1v_rl.evaluate.benchmarks import BENCHMARKS
 from r1v_rl.evaluate.benchmarks.base import load_benchmark
+from r1v_rl.evaluate.grounding import control_rows, gold_logprobs, grounding_measures
 from r1v_rl.evaluate.llm_judge import judge_unread
 from r1v_rl.evaluate.measures import benchmark_measures, right_by_id
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
+from r1v_rl.rollout.prompts import encode_prompt
 from r1v_rl.rollout.standalone import standalone_engine
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.scoring.replies import ReplyStore
@@ -47,6 +49,13 @@ class EvaluationConfig(BenchmarkConfig, HeldoutConfig):
     )
     blank_images: bool = field(
         default=True, metadata={"help": "Answer the rows once more with grey pictures: what is right then is guessed."}
+    )
+    grounding: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask about the rows with pictures again with grey ones, with another row's, and without any: gaps "
+            "in accuracy and in the log-probability of the gold answer, each with its interval."
+        },
     )
     text_dataset_name: str | None = field(
         default=None, metadata={"help": "Rows without pictures, whose accuracy is reported by itself."}
@@ -115,6 +124,10 @@ class EvaluationConfig(BenchmarkConfig, HeldoutConfig):
                 f"`num_generations` must be 1 where `temperature` is 0, and at least 1; received "
                 f"num_generations={self.num_generations}, temperature={self.temperature}"
             )
+        if self.grounding and self.benchmarks:
+            raise RecipeError(
+                "`grounding` is measured on held-out rows: take `benchmarks` out, and name a file of rows"
+            )
         if self.max_completion_length is None and not self.benchmarks:
             self.max_completion_length = HELDOUT_TOKENS
 
@@ -150,10 +163,16 @@ def evaluate_model(
     processor = load_processor(str(config.model_name_or_path), data.max_image_tiles)
     sets, max_model_len = row_sets(config, data, processor)
     with (
+        ExitStack() as stack,
         ReplyStore(Path(config.output_dir or str(config.model_name_or_path), JUDGE_REPLIES))
         if (config.judge() is not None)
-        else nullcontext() as store
+        else nullcontext() as store,
     ):
+
+        @cache
+        def engine() -> RolloutEngine:
+            return stack.enter_context(_engine(config, processor, max_model_len, most_images(sets)))
+
         judge = config.judge()
         asking = Asking(
             processor,
@@ -164,8 +183,9 @@ def evaluate_model(
             keep_pixels=not config.use_vllm,
             judge=partial(judge_unread, judge, store) if judge is not None and store is not None else None,
         )
-        spent = answer_sets(sets, asking, answers, lambda: _engine(config, processor, max_model_len, most_images(sets)))
-    by_set = {rows.name: [row for row in answers.rows if row["set"] == rows.name] for rows in sets}
+        spent = answer_sets(sets, asking, answers, lambda: nullcontext(engine()))
+        by_set = {rows.name: [row for row in answers.rows if row["set"] == rows.name] for rows in sets}
+        grounding = _grounding(config, processor, sets, by_set, engine) if config.grounding else {}
     found: dict[str, Any] = {"num_rows": len(sets[0].examples), "num_generations": config.num_generations}
     if config.benchmarks:
         found = {"benchmarks": {rows.name: benchmark_measures(rows, by_set[rows.name], config.seed) for rows in sets}}
@@ -173,6 +193,7 @@ def evaluate_model(
     else:
         for name, rows in by_set.items():
             found |= _measures(name, rows, sets[0].examples[0], processor, config.rewards())
+        found |= grounding
     return found, answers.rows
 
 
@@ -186,12 +207,33 @@ def row_sets(config: EvaluationConfig, data: DataConfig, processor: Any) -> tupl
         return benchmark_sets(config, data, processor)
     rows = heldout_examples(config, data, config.seed)
     text_rows = heldout_examples(text_rows_of(config), data, config.seed)
-    longest = longest_prompt(config, processor, [*rows, *text_rows])
+    controls = control_rows(rows, seed=config.seed) if config.grounding else {}
+    longest = longest_prompt(config, processor, [*rows, *text_rows, *controls.get("shuffled", ())])
     sampling = config.sampling()
     sets = [RowSet("pictures", rows, sampling)]
-    sets += [RowSet("blank", rows, sampling, blanked)] if config.blank_images else []
+    sets += [RowSet("blank", rows, sampling, blanked)] if config.blank_images or config.grounding else []
+    sets += [RowSet(name, controls[name], sampling) for name in controls if name not in ("pictures", "blank")]
     sets += [RowSet("text", text_rows, sampling)] if text_rows else []
-    return sets, longest + sampling.max_tokens
+    return sets, longest + sampling.most_tokens
+
+
+def _grounding(
+    config: EvaluationConfig,
+    processor: Any,
+    sets: Sequence[RowSet],
+    by_set: Mapping[str, Sequence[dict]],
+    engine: Callable[[], RolloutEngine],
+) -> dict[str, Any]:
+    """The gaps between the answers with pictures and the controls', and those of the gold answers' log-probability."""
+    size = config.per_device_eval_batch_size
+    logprobs: dict[str, dict[str, float]] = {}
+    for name, rows in control_rows(sets[0].examples, seed=config.seed).items():
+        logprobs[name] = {}
+        for start in range(0, len(rows), size):
+            prompts = [encode_prompt(processor, example, device="cpu") for example in rows[start : start + size]]
+            logprobs[name] |= gold_logprobs(engine(), prompts, processor)
+    right = {name: right_by_id(by_set[name]) for name in logprobs}
+    return {"grounding": grounding_measures(right, logprobs, config.seed)}
 
 
 def benchmark_sets(config: EvaluationConfig, data: DataConfig, processor: Any) -> tuple[list[RowSet], int]:
@@ -202,7 +244,7 @@ def benchmark_sets(config: EvaluationConfig, data: DataConfig, processor: Any) -
         longest = longest_prompt(config, processor, examples)
         sampling = config.sampling(min(R1V_TOKENS, context - longest))
         sets.append(RowSet(name, examples, sampling))
-        longest_row = max(longest_row, longest + sampling.max_tokens)
+        longest_row = max(longest_row, longest + sampling.most_tokens)
     return sets, longest_row
 
 

@@ -11,6 +11,7 @@ from r1v_rl.config import DataConfig, build_configs, read_recipe
 from r1v_rl.durable import replace_file
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.answering import AnswerFile
+from r1v_rl.evaluate.grounding import grounding_lines
 from r1v_rl.evaluate.heldout import EvaluationConfig, benchmark_examples, evaluate_model
 from r1v_rl.evaluate.interval import Accuracy
 from r1v_rl.evaluate.page import page
@@ -63,5 +64,7 @@ def _show(found: dict, seconds: float) -> None:
     for key, name in (("accuracy", "with pictures"), ("blank_accuracy", "blank pictures"), ("text_accuracy", "text")):
         if key in found:
             print(f"  {name:<16}{Accuracy(**found[key])}")
+    for line in grounding_lines(found.get("grounding")):
+        print(f"  {line}")
     print(f"  {'mean length':<16}{found['mean_length']:.1f} tokens, {100 * found['truncated_frac']:.1f} % cut off")
     print(f"  {'format':<16}{100 * found['format_rate']:.1f} %\n{seconds:.0f} s in all", flush=True)

@@ -139,6 +139,7 @@ def _lengths(args: Any, data: DataConfig, model: ModelConfig, options: argparse.
     written = [len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     visual = sum(prompts) - sum(written) + sum(len(example.images) for example in examples)
     completion = options.completion_tokens
+    assert not isinstance(args.chat_template_kwargs, str)
     if completion is None and isinstance(args, SFTConfig):
         samples = TargetRows(examples, processor, template_kwargs=args.chat_template_kwargs).lengths
         completion = fmean(samples) - fmean(prompts)
