@@ -10,6 +10,7 @@ from r1v_rl.evaluate.benchmarks import BENCHMARKS
 from r1v_rl.evaluate.benchmarks.base import Question, load_benchmark, prompt_of
 from r1v_rl.evaluate.gold import check_golds
 from r1v_rl.evaluate.prompts import DIRECT, Instructions
+from r1v_rl.scoring.judging import question_text
 
 PLAIN = Instructions("CHOICE", "OPEN")
 
@@ -43,18 +44,15 @@ def test_what_is_asked(root):
     """A picture on its own line, the question, options one a line, the instruction; as published, without its marks."""
     example = load("puzzlevqa", root)[0]
     assert example.messages[0]["content"][0] == {"type": "image"} and len(example.images) == 1
-    assert example.columns["problem"] == f"<image>\n{ROWS['puzzlevqa'][0]['problem']}\nA. 4\nB. 2\nC. 5\nD. 6\n\nCHOICE"
+    assert question_text(example) == f"<image>\n{ROWS['puzzlevqa'][0]['problem']}\nA. 4\nB. 2\nC. 5\nD. 6\n\nCHOICE"
     assert example.answer == "B"
     vision = load("mathvision", root)[1]
-    assert (
-        vision.columns["problem"].startswith("<image>\nOn this monthly calendar")
-        and "<image1>" not in vision.columns["problem"]
+    assert question_text(vision).startswith("<image>\nOn this monthly calendar") and "<image1>" not in question_text(
+        vision
     )
     mathvista = load("mathvista", root)
-    assert "Give a number rounded to 1 decimal place(s)." in mathvista[0].columns["problem"]
-    assert mathvista[0].columns["problem"].endswith("\n\nOPEN") and mathvista[1].columns["problem"].endswith(
-        "\n\nCHOICE"
-    )
+    assert "Give a number rounded to 1 decimal place(s)." in question_text(mathvista[0])
+    assert question_text(mathvista[0]).endswith("\n\nOPEN") and question_text(mathvista[1]).endswith("\n\nCHOICE")
     assert load("gsm8k", root)[0].answer == ROWS["gsm8k"][0]["answer"]
 
 

@@ -36,7 +36,9 @@ def check_golds(examples: Sequence[Example], *, timeout_s: float) -> GoldCheck:
     verdicts = judge_responses(
         asked, [f"Answer: \\boxed{{{gold}}}" for gold in said], answer_kind="math", timeout_s=timeout_s
     )
-    rows = [(e.id, str(e.answer), text, v.reason) for e, text, v in zip(asked, said, verdicts, strict=True)]
+    rows: list[tuple[str, str, str, str]] = [
+        (e.id, str(e.answer), text, v.reason) for e, text, v in zip(asked, said, verdicts, strict=True)
+    ]
     count = len(examples)
     refused = [row for row, v in zip(rows[:count], verdicts[:count], strict=True) if v.correct is not True]
     accepted = [row for row, v in zip(rows[count:], verdicts[count:], strict=True) if v.correct is True]
