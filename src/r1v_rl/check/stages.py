@@ -15,6 +15,7 @@ from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
+from r1v_rl.evaluate.benchmarks import BENCHMARKS
 from r1v_rl.evaluate.gold import check_golds
 from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.grpo import main as grpo_main
@@ -150,7 +151,10 @@ def check_evaluate(values: dict[str, Any], report: Report) -> None:
 
 
 def _benchmarks(config: evaluation.EvaluationConfig, data: DataConfig, report: Report) -> tuple[str, Sequence[Example]]:
+    assert not isinstance(config.benchmark_paths, str)
     report.place.require("benchmark_root", config.benchmark_root)
+    for name in config.benchmarks or () if config.benchmark_root is None else ():
+        report.place.require("benchmarks", (config.benchmark_paths or {}).get(name) or BENCHMARKS[name].hub_id)
     found = evaluation.benchmark_examples(config, data)
     for name, rows in found.items():
         print(f"  {name}: {check_golds(rows, timeout_s=config.reward_timeout_s)}", flush=True)
