@@ -33,8 +33,8 @@ def test_majority_counts_right_samples_as_one_answer():
         return [{"id": row_id, "answer": answer, "correct": right} for answer, right in pairs]
 
     answers = [
-        *rows("1", ("0.5", True), ("1/2", True), ("7", False)),
-        *rows("2", ("3", False), ("$3$", False), ("4", True)),
+        *rows("1", ("7", False), ("0.5", True), ("1/2", True)),
+        *rows("2", ("4", True), ("3", False), ("$3$", False)),
         *rows("3", (None, False), (None, None), ("9", True)),
         *rows("4", (None, False), (None, False), (None, False)),
     ]
