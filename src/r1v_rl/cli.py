@@ -37,7 +37,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
     "run": Command("r1v_rl.chain.main:main", "run a chain of stages from its file, or go on where it stopped"),
-    "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on held-out rows"),
+    "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on benchmarks or held-out rows"),
     "chat": Command("r1v_rl.chat.main:main", "ask a model about pictures: once, in a conversation, or as a server"),
     "convert": Command("r1v_rl.assembly:convert_main", "between internvl_chat (Skywork R1V) and transformers' layout"),
     "check": Command(

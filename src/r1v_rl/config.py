@@ -82,6 +82,12 @@ class DataConfig:
             "choices": ["warn", "refuse", "off"],
         },
     )
+    contamination_benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Benchmarks that training rows are compared with too: names, or name=folder, file or hub id."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_kwargs, str):

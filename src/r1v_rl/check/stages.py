@@ -15,6 +15,9 @@ from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
+from r1v_rl.evaluate.benchmarks import BENCHMARKS
+from r1v_rl.evaluate.gold import check_golds
+from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.grpo import main as grpo_main
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.preflight import context_of, how_prompts_run, longest_prompt, try_rewards
@@ -148,8 +151,13 @@ def check_evaluate(values: dict[str, Any], report: Report) -> None:
 
 
 def _benchmarks(config: evaluation.EvaluationConfig, data: DataConfig, report: Report) -> tuple[str, Sequence[Example]]:
+    assert not isinstance(config.benchmark_paths, str)
     report.place.require("benchmark_root", config.benchmark_root)
+    for name in config.benchmarks or () if config.benchmark_root is None else ():
+        report.place.require("benchmarks", (config.benchmark_paths or {}).get(name) or BENCHMARKS[name].hub_id)
     found = evaluation.benchmark_examples(config, data)
+    for name, rows in found.items():
+        print(f"  {name}: {check_golds(rows, timeout_s=config.reward_timeout_s)}", flush=True)
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
     return sizes, [example for rows in found.values() for example in rows]
 
@@ -194,9 +202,17 @@ def _heldout(
     return report.look(subject, find) or []
 
 
-def _overlap(examples: Sequence[Example] | None, tested: Sequence[Example], data: DataConfig, report: Report) -> None:
-    if examples is not None and tested:
-        report.look("overlap", lambda: (check_contamination(examples, tested, data.contamination_check), None))
+def _overlap(examples: Sequence[Example] | None, heldout: Sequence[Example], data: DataConfig, report: Report) -> None:
+    """Training rows that are test rows, where there are any to compare with."""
+    if examples is None or not (heldout or data.contamination_benchmarks):
+        return
+
+    def find() -> tuple[str, None]:
+        for entry in data.contamination_benchmarks or ():
+            report.place.require("contamination_benchmarks", entry.partition("=")[2])
+        return check_contamination(examples, tested_rows(heldout, data), data.contamination_check), None
+
+    report.look("overlap", find)
 
 
 def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:

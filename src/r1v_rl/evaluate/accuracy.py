@@ -60,9 +60,21 @@ def judge_completions(
     """The completions of each prompt with their verdicts; of several accepted answers any may be met."""
     rows = [(prompt, completion) for prompt, group in zip(prompts, groups, strict=True) for completion in group]
     responses = [with_prompt_think(completion.text, prompt_opens_think(prompt.text)) for prompt, completion in rows]
-    golds = [prompt.example.columns.get(ACCEPTED) or [prompt.example.answer] for prompt, _ in rows]
+    examples = [prompt.example for prompt, _ in rows]
+    verdicts = judge_responses(examples, responses, answer_kind=answer_kind, timeout_s=timeout_s)
+    return [
+        Answered(example, completion, verdict, response)
+        for example, (_, completion), verdict, response in zip(examples, rows, verdicts, responses, strict=True)
+    ]
+
+
+def judge_responses(
+    examples: Sequence[Example], responses: Sequence[str], *, answer_kind: str, timeout_s: float
+) -> list[Verdict]:
+    """A verdict on each response to an example; where a row has several accepted answers any may be met."""
+    golds = [example.columns.get(ACCEPTED) or [example.answer] for example in examples]
     pairs = [(i, gold) for i, accepted in enumerate(golds) for gold in accepted]
-    columns = [rows[i][0].example.columns for i, _ in pairs]
+    columns = [examples[i].columns for i, _ in pairs]
     judged = judge_answers(
         [responses[i] for i, _ in pairs],
         [gold for _, gold in pairs],
@@ -74,7 +86,7 @@ def judge_completions(
     for (i, _), verdict in zip(pairs, judged, strict=True):
         if i not in best or (verdict.correct is True and best[i].correct is not True):
             best[i] = verdict
-    return [Answered(prompt.example, completion, best[i], responses[i]) for i, (prompt, completion) in enumerate(rows)]
+    return [best[i] for i in range(len(examples))]
 
 
 def accuracy(answered: Sequence[Answered]) -> Accuracy:

@@ -9,6 +9,7 @@ from r1v_rl.data.images import load_image
 from r1v_rl.errors import DataError
 from r1v_rl.evaluate.benchmarks import BENCHMARKS
 from r1v_rl.evaluate.table import tables
+from r1v_rl.scoring.judging import question_text
 from r1v_rl.tracking.charts import interval_chart
 from r1v_rl.tracking.report import html_page
 from r1v_rl.tracking.samples import escaped, picture_tag, shortened
@@ -92,7 +93,7 @@ def _filters(names: Sequence[str]) -> str:
 
 def _item(name: str, example: Example, samples: Sequence[dict]) -> str:
     is_private = BENCHMARKS[name].is_private
-    prompt = "(not shown: its authors ask for it)" if is_private else str(example.columns.get("problem") or "")
+    prompt = "(not shown: its authors ask for it)" if is_private else question_text(example)
     pictures = "" if is_private else "".join(_picture(source) for source in example.images)
     completions = "".join(_completion(row, is_private) for row in samples[:MAX_SAMPLES])
     number = sum(row["correct"] is True for row in samples)

@@ -68,7 +68,7 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
     sets = eval_sets(run, args, data)
     asked = [*heldout, *itertools.chain(*sets.values())]
     check_measured(run, args, asked)
-    say_contamination(train, asked, data.contamination_check)
+    say_contamination(train, asked, data)
     longest = longest_prompt([*train, *asked], processor, context_of(model.model_name_or_path, args), args)
     args.vllm_max_model_length = longest + args.max_completion_length
     trainer = GRPOTrainer(

@@ -97,7 +97,7 @@ def build_trainer(args: SFTConfig, data: DataConfig, heldout: HeldoutConfig, mod
     processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     train = load_configured_examples(data, answer_required=False, seed=args.seed)
     tested = heldout_examples(heldout, data, args.seed, answer_required=False)
-    say_contamination(train, tested, data.contamination_check)
+    say_contamination(train, tested, data)
     trainer = SFTTrainer(
         model=str(model.model_name_or_path),
         args=args,

@@ -9,8 +9,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from trl import ModelConfig, get_quantization_config
 
 from r1v_rl.checkpoints import checkpoint_folders
+from r1v_rl.config import DataConfig
 from r1v_rl.data.contamination import check_contamination
 from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.types import Example
 
 SUPPORTED_MODEL_TYPES = ("internvl",)
@@ -55,10 +57,10 @@ def check_processes(trainer: Trainer) -> None:
         )
 
 
-def say_contamination(train: Sequence[Example], tested: Sequence[Example], action: str) -> None:
+def say_contamination(train: Sequence[Example], heldout: Sequence[Example], data: DataConfig) -> None:
     """Say once, in the first process of a run, whether training rows are test rows; see `check_contamination`."""
-    if tested and int(os.environ.get("RANK", "0")) == 0:
-        print(f"contamination: {check_contamination(train, tested, action)}", flush=True)
+    if int(os.environ.get("RANK", "0")) == 0 and (tested := tested_rows(heldout, data)):
+        print(f"contamination: {check_contamination(train, tested, data.contamination_check)}", flush=True)
 
 
 def resume_value(args: TrainingArguments) -> str | bool | None:

@@ -129,8 +129,8 @@ def _row(question: Question, root: Path | None, instructions: Instructions) -> d
     paths = [root / image if root is not None and isinstance(image, str) else image for image in images]
     return {
         "id": question.id,
-        "problem": _NUMBERED_MARK.sub(IMAGE_MARK, prompt),
-        "question": question.text,
+        "prompt": _NUMBERED_MARK.sub(IMAGE_MARK, prompt),
+        "problem": _NUMBERED_MARK.sub("", question.text),
         "answer": question.answer,
         ACCEPTED: list(question.answers) or [question.answer],
         "answer_kind": question.kind,
