@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from r1v_rl.runtime import children_prepared
 from r1v_rl.tiny.parts import resolve_part
 
-START_S = 240
+START_S = 400
 
 
 @contextmanager
