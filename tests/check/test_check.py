@@ -54,6 +54,18 @@ def test_sft_without_targets(check, vlm):
     assert code == 2 and "it has no target text; fill the column `completion`" in err
 
 
+def test_training_rows_that_are_held_out_rows(check, vlm):
+    """The same scenes under another split's name: their words and pictures are the same."""
+    rows = {"eval_dataset_name": "scenes", "eval_dataset_size": 20, "eval_dataset_split": "train"}
+    recipe = {**GRPO, **rows, "model_name_or_path": vlm}
+    code, out, err = check("grpo", recipe)
+    assert code == 0 and re.search(r"overlap +16 of 16 training rows overlap with 16 of 20 test rows", out), err
+    code, _, err = check("grpo", {**recipe, "contamination_check": "refuse"})
+    assert code == 2 and "overlap: 16 of 16 training rows overlap" in err and " is scenes-train-42-0 (" in err
+    code, out, err = check("grpo", {**recipe, "eval_dataset_split": "heldout", "contamination_check": "refuse"})
+    assert code == 0 and "none of 16 training rows is one of 20 test rows" in out, err
+
+
 def test_align_joins_parts_or_goes_on(check, vlm):
     parts = {"vision_encoder": "tiny/vision_encoder", "language_model": "tiny/reasoning_llm"}
     code, out, err = check("align", {**SFT, **parts})

@@ -10,6 +10,7 @@ from r1v_rl import assembly
 from r1v_rl.check.report import NotHere, Report
 from r1v_rl.config import DataConfig, HeldoutConfig, build_configs
 from r1v_rl.data.chat import load_processor
+from r1v_rl.data.contamination import check_contamination
 from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate import heldout as evaluation
@@ -51,6 +52,7 @@ def check_grpo(values: dict[str, Any], report: Report) -> None:
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, train.seed, report))
     heldout = _heldout(run, data, train.seed, report)
+    _overlap(examples, heldout, data, report)
     processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     report.look("batch", lambda: _rollout_batch(examples, train))
     if examples is not None and processor is not None:
@@ -67,7 +69,8 @@ def check_sft(values: dict[str, Any], report: Report) -> None:
         raise RecipeError("`dataset_name` must name the training rows: `scenes`, a file, a folder or a hub id")
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, args.seed, report, answer_required=False))
-    _heldout(heldout, data, args.seed, report, answer_required=False)
+    rows_of_test = _heldout(heldout, data, args.seed, report, answer_required=False)
+    _overlap(examples, rows_of_test, data, report)
     processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     rows = None
     if examples is not None and processor is not None:
@@ -77,11 +80,13 @@ def check_sft(values: dict[str, Any], report: Report) -> None:
 
 def check_align(values: dict[str, Any], report: Report) -> None:
     """As `check_sft`; parts that are joined first are looked at by their configurations."""
-    args, data, _, model, parts = build_configs(sft_main.ALIGN_CONFIGS, on_this_machine(values, report))
+    args, data, heldout, model, parts = build_configs(sft_main.ALIGN_CONFIGS, on_this_machine(values, report))
     if not model.model_name_or_path and not (parts.vision_encoder and parts.language_model):
         raise RecipeError("align needs `model_name_or_path`, or both `vision_encoder` and `language_model`")
     print(f"checking {data.dataset_name} with {model.model_name_or_path or parts.language_model}")
     examples = report.look("data", lambda: _data(data, args.seed, report, answer_required=False))
+    rows_of_test = _heldout(heldout, data, args.seed, report, answer_required=False)
+    _overlap(examples, rows_of_test, data, report)
     processor = None
     if model.model_name_or_path:
         processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
@@ -130,14 +135,23 @@ def check_transfer(values: dict[str, Any], report: Report) -> None:
 def check_evaluate(values: dict[str, Any], report: Report) -> None:
     """Both sets of rows, model, prompt lengths."""
     config, data = build_configs(evaluate_main.CONFIGS, values)
-    print(f"checking {config.eval_dataset_name} with {config.model_name_or_path}")
-    rows = _heldout(config, data, config.seed, report)
-    texts = _heldout(evaluation.text_rows_of(config), data, config.seed, report, subject="text rows")
+    what = ", ".join(config.benchmarks) if config.benchmarks else config.eval_dataset_name
+    print(f"checking {what} with {config.model_name_or_path}")
+    rows = list(_heldout(config, data, config.seed, report))
+    rows += _heldout(evaluation.text_rows_of(config), data, config.seed, report, subject="text rows")
+    if config.benchmarks:
+        rows += report.look("items", lambda: _benchmarks(config, data, report)) or []
     processor = report.look("model", lambda: _processor(config.model_name_or_path, data, report))
-    if processor is not None and (rows or texts):
-        found = [*rows, *texts]
-        report.look("prompts", lambda: (f"longest {evaluation.longest_prompt(config, processor, found)} tokens", None))
+    if processor is not None and rows:
+        report.look("prompts", lambda: (f"longest {evaluation.longest_prompt(config, processor, rows)} tokens", None))
     report.look("scoring", lambda: ("settings can be read", config.rewards()))
+
+
+def _benchmarks(config: evaluation.EvaluationConfig, data: DataConfig, report: Report) -> tuple[str, Sequence[Example]]:
+    report.place.require("benchmark_root", config.benchmark_root)
+    found = evaluation.benchmark_examples(config, data)
+    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
+    return sizes, [example for rows in found.values() for example in rows]
 
 
 def on_this_machine(values: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -178,6 +192,11 @@ def _heldout(
         return _described(heldout_examples(heldout, data, seed, answer_required=answer_required))
 
     return report.look(subject, find) or []
+
+
+def _overlap(examples: Sequence[Example] | None, tested: Sequence[Example], data: DataConfig, report: Report) -> None:
+    if examples is not None and tested:
+        report.look("overlap", lambda: (check_contamination(examples, tested, data.contamination_check), None))
 
 
 def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:
