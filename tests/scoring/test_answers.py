@@ -140,6 +140,30 @@ def test_whole_numbers_take_the_shortest_way(answer, correct):
     assert quick_verdict(answer, "5").correct is correct
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "correct"),
+    [
+        ("(3, 5)", "(3,4)", False),
+        ("(3, 4.0)", "(3,4)", True),
+        ("(4,3)", "(3,4)", False),
+        ("(1,2,3)", "(1,2)", False),
+        ("2,1,1", "1,2", True),
+        ("1,2", "1,2,3", False),
+        (r"\{2,1\}", r"\{1,2\}", True),
+        ("[1/2, 3)", "[0.5,3)", True),
+        ("(1,2)", "[1,2)", None),
+        ("1,234, 5", "1234, 5", None),
+        ("(x,2)", "(1,2)", None),
+        (r"(\pi,2)", "(3,2)", None),
+        ("5 cm, 3", "5,3", None),
+    ],
+)
+def test_lists_of_plain_numbers_are_decided_by_reading(answer, gold, correct):
+    """None: sympy decides."""
+    found = quick_verdict(answer, gold)
+    assert (found and found.correct) is correct
+
+
 def test_words_are_words_and_not_products_of_letters():
     assert quick_verdict("silent", r"\text{listen}").correct is False
     assert quick_verdict(r"\text{Listen}", r"\text{listen}").correct is True
