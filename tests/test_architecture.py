@@ -26,6 +26,7 @@ LAYERS = (
     "grpo",
     "chain",
     "check",
+    "plan",
     "cli",
     "__main__ startup",
 )

@@ -63,7 +63,7 @@ def answer(engine: StreamingEngine, conversation: Conversation, question: str, c
     finally:
         display.end()
     if completion.is_truncated:
-        cause = "`--max_completion_length`" if sampling.max_tokens < room else "the model's context"
+        cause = "`--max_completion_length`" if sampling.most_tokens < room else "the model's context"
         print(f"(cut off after {len(completion.token_ids)} tokens by {cause})", file=sys.stderr)
     conversation.answered(prompt, display.answer)
 

@@ -214,7 +214,7 @@ def row_sets(config: EvaluationConfig, data: DataConfig, processor: Any) -> tupl
     sets += [RowSet("blank", rows, sampling, blanked)] if config.blank_images or config.grounding else []
     sets += [RowSet(name, controls[name], sampling) for name in controls if name not in ("pictures", "blank")]
     sets += [RowSet("text", text_rows, sampling)] if text_rows else []
-    return sets, longest + sampling.max_tokens
+    return sets, longest + sampling.most_tokens
 
 
 def _grounding(
@@ -244,7 +244,7 @@ def benchmark_sets(config: EvaluationConfig, data: DataConfig, processor: Any) -
         longest = longest_prompt(config, processor, examples)
         sampling = config.sampling(min(R1V_TOKENS, context - longest))
         sets.append(RowSet(name, examples, sampling))
-        longest_row = max(longest_row, longest + sampling.max_tokens)
+        longest_row = max(longest_row, longest + sampling.most_tokens)
     return sets, longest_row
 
 

@@ -32,7 +32,7 @@ def benchmark_measures(rows: RowSet, answers: Sequence[dict], seed: int) -> dict
         "unjudged_frac": sum(row["correct"] is None for row in answers) / total,
         "llm_judged_frac": sum(row["judged_by"] == "llm" for row in answers) / total,
         "mean_tokens": sum(row["num_tokens"] for row in answers) / total,
-        "max_tokens": sampling.max_tokens,
+        "max_tokens": sampling.most_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,

@@ -101,7 +101,8 @@ class VllmEngine:
         requests = [self._request(prompt) for prompt in prompts]
         with _random_states_kept():
             torch.manual_seed(seed)  # seeds of single requests break chunked prefills on a CPU, and are slower
-            outputs = self._llm.generate(requests, self._parameters(sampling), use_tqdm=False)
+            parameters = [self._parameters(sampling, *limits) for limits in sampling.limits(len(prompts))]
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             _check_prompt(prompt, output)
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
@@ -114,7 +115,7 @@ class VllmEngine:
         with _random_states_kept():
             torch.manual_seed(seed)
             request_id = engine.add_request(
-                "stream", self._request(prompt), self._parameters(sampling, detokenize=True)
+                "stream", self._request(prompt), self._parameters(sampling, *sampling.limits(1)[0], detokenize=True)
             )
             try:
                 while engine.has_unfinished_requests():
@@ -149,18 +150,18 @@ class VllmEngine:
             request["multi_modal_data"] = {"image": prompt.images}
         return request
 
-    def _parameters(self, sampling: Sampling, *, detokenize: bool = False):
+    def _parameters(self, sampling: Sampling, max_tokens: int, repetition_penalty: float, *, detokenize: bool = False):
         from vllm import SamplingParams
 
         return SamplingParams(
             **{
                 "n": sampling.num_generations,
-                "max_tokens": sampling.max_tokens,
+                "max_tokens": max_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "min_p": sampling.min_p or 0.0,
-                "repetition_penalty": sampling.repetition_penalty,
+                "repetition_penalty": repetition_penalty,
                 "logprobs": 0,
                 "flat_logprobs": True,
                 "detokenize": detokenize,  # token by token it costs more than the tiny model itself
