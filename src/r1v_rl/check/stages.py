@@ -54,7 +54,8 @@ def check_grpo(values: dict[str, Any], report: Report) -> None:
     run, train, data, model = build_configs(grpo_main.CONFIGS, on_this_machine(values, report))
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, train.seed, report))
-    heldout = _heldout(run, data, train.seed, report)
+    heldout = [*_heldout(run, data, train.seed, report)]
+    heldout += report.look("measured", lambda: _measured(run, train, data, heldout)) or []
     _overlap(examples, heldout, data, report)
     processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     report.look("batch", lambda: _rollout_batch(examples, train))
@@ -179,6 +180,21 @@ def _data(
     report.place.require("dataset_name", data.dataset_name)
     report.place.require("dataset_root", data.dataset_root)
     return _described(load_configured_examples(data, seed=seed, answer_required=answer_required))
+
+
+def _measured(
+    run: grpo_main.RunConfig, args: grpo_main.GRPOConfig, data: DataConfig, heldout: Sequence[Example]
+) -> tuple[str, Sequence[Example]]:
+    """What is asked while a GRPO run trains, and the rows of `eval_on`."""
+    if run.eval_dataset_name is not None and not heldout:
+        raise NotHere("the held-out rows")
+    sets = grpo_main.eval_sets(run, args, data)
+    rows = [row for examples in sets.values() for row in examples]
+    grpo_main.check_measured(run, args, [*heldout, *rows])
+    found = [f"{name} ({len(examples)} rows)" for name, examples in sets.items()]
+    found += ["held-out rows"] if args.eval_strategy != "no" and not sets else []
+    found += [f"grounding every {args.grounding_every} steps"] if args.grounding_every else []
+    return f"while it trains: {', '.join(found) or 'nothing'}", rows
 
 
 def _heldout(

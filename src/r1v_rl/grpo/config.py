@@ -190,11 +190,14 @@ class RunConfig(HeldoutConfig):
         default=None,
         metadata={
             "help": "Small sets to answer every `eval_steps` (with `eval_strategy: steps`) in place of the held-out "
-            "rows, each named as `eval_dataset_name` is: logged as `eval_NAME_accuracy`, their mean as "
-            "`eval_accuracy`. `load_best_model_at_end` goes by it."
+            "rows, each a benchmark of `evaluate` or named as `eval_dataset_name` is: logged as "
+            "`eval_NAME_accuracy`, their mean as `eval_accuracy`. `load_best_model_at_end` goes by it."
         },
     )
     eval_on_size: int = field(default=64, metadata={"help": "Rows to take of each of `eval_on`."})
+    eval_on_root: str | None = field(
+        default=None, metadata={"help": "Folder with a folder for each benchmark of `eval_on`; unset = from the hub."}
+    )
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],

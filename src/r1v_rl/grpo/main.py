@@ -15,7 +15,10 @@ from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.data.scenes import chance_accuracy
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.accuracy import Accuracy
+from r1v_rl.evaluate.benchmarks import BENCHMARKS
+from r1v_rl.evaluate.benchmarks.base import load_benchmark
 from r1v_rl.evaluate.grounding import grounding_lines
+from r1v_rl.evaluate.prompts import Instructions
 from r1v_rl.grpo.config import GRPOConfig, RunConfig
 from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
 from r1v_rl.grpo.trainer import GRPOTrainer
@@ -86,11 +89,21 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
 
 
 def eval_sets(run: RunConfig, args: GRPOConfig, data: DataConfig) -> dict[str, Sequence[Example]]:
-    """The sets of `eval_on`, by the last part of their names."""
-    sets = {}
+    """The sets of `eval_on`: of a path the name without folder and ending, else the name itself."""
+    sets: dict[str, Sequence[Example]] = {}
     for name in run.eval_on or []:
-        one = replace(run, eval_dataset_name=name, eval_dataset_size=run.eval_on_size)
-        sets[Path(name).stem] = heldout_examples(one, data, args.seed)
+        if name in BENCHMARKS and BENCHMARKS[name].make is None:
+            sets[name] = load_benchmark(
+                BENCHMARKS[name],
+                Instructions(),
+                root=run.eval_on_root,
+                size=run.eval_on_size,
+                seed=args.seed,
+                system_prompt=data.system_prompt,
+            )
+        else:
+            one = replace(run, eval_dataset_name=name, eval_dataset_size=run.eval_on_size)
+            sets[Path(name).stem] = heldout_examples(one, data, args.seed)
     return sets
 
 

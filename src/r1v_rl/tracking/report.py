@@ -26,7 +26,7 @@ REPORT = "report.html"
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("reward",)),
     ("Grounding gap: accuracy with its picture minus without", ("grounding/*/accuracy_gap",)),
-    ("Held-out accuracy", ("eval_accuracy",)),
+    ("Accuracy during training", ("eval_accuracy",)),
     ("Entropy at openings of reflections", ("eval_critical_token_entropy",)),
     ("Reward parts", ("rewards/*/mean",)),
     ("Reward spread by group", ("reward_std",)),
