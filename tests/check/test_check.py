@@ -7,7 +7,7 @@ import pytest
 from random_vlm import save_random_vlm
 
 from r1v_rl import cli
-from r1v_rl.check import stages
+from r1v_rl.models import families
 
 SFT = {
     "dataset_name": "scenes", "dataset_size": 40, "dataset_kwargs": {"chains": "brief", "num_images": 1},
@@ -176,6 +176,6 @@ def test_launch_files(tmp_path, capsys, content, message):
 
 @pytest.mark.parametrize(("command", "recipe"), [("sft", SFT), ("grpo", GRPO)])
 def test_a_family_that_the_trainers_do_not_know(check, vlm, monkeypatch, command, recipe):
-    monkeypatch.setattr(stages, "SUPPORTED_MODEL_TYPES", ("llava",))
+    monkeypatch.setattr(families, "SUPPORTED_MODEL_TYPES", ("llava",))
     code, _, err = check(command, {**recipe, "model_name_or_path": vlm})
     assert code == 2 and "is a `internvl` model; the trainers know llava" in err

@@ -21,6 +21,7 @@ from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.models.compose import language_model_type
 from r1v_rl.models.encoders import encoder_type
+from r1v_rl.models.families import check_family
 from r1v_rl.models.transfer import check_hidden_size, substitute_config
 from r1v_rl.scoring.scorers import make_scorer
 from r1v_rl.sft import main as sft_main
@@ -30,7 +31,6 @@ from r1v_rl.sft.iterate.rounds import check_columns
 from r1v_rl.sft.packing import pack
 from r1v_rl.sft.rows import TargetRows
 from r1v_rl.tiny.parts import resolve_part
-from r1v_rl.training.launch import SUPPORTED_MODEL_TYPES
 from r1v_rl.types import Example
 
 CONFIGS: dict[str, tuple[type, ...]] = {
@@ -192,9 +192,7 @@ def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:
 def _trained_model(name: str | None, data: DataConfig, report: Report) -> tuple[str, Any]:
     """The processor of a model that the trainers know."""
     found = _processor(name, data, report)
-    kind = AutoConfig.from_pretrained(str(name)).model_type
-    if kind not in SUPPORTED_MODEL_TYPES:
-        raise RecipeError(f"`{name}` is a `{kind}` model; the trainers know {', '.join(SUPPORTED_MODEL_TYPES)}")
+    check_family(str(name))
     return found
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from r1v_rl.models.families import joined, token_types
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.types import Completion
@@ -29,8 +30,7 @@ class TransformersEngine:
         inputs = self._tokenizer.pad(
             {"input_ids": [row.prompt_ids for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(device)
-        names = {name for row in rows for name in row.vision_inputs}
-        vision = {name: torch.cat([r.vision_inputs[name] for r in rows if name in r.vision_inputs]) for name in names}
+        vision = joined([row.vision_inputs for row in rows]) | token_types(self._policy, inputs["input_ids"])
         was_training = self._policy.training
         self._policy.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

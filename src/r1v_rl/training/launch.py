@@ -4,13 +4,13 @@ import os
 from typing import Any
 
 import torch.distributed
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
 from r1v_rl.checkpoints import checkpoint_folders
 from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.models.families import check_family
 
-SUPPORTED_MODEL_TYPES = ("internvl",)
 DEFAULT_TRAINABLE = ("projector", "language_model")
 
 
@@ -20,9 +20,7 @@ def load_model(path: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     Raises:
         UserError: If its family is not one that the trainers know.
     """
-    model_type = AutoConfig.from_pretrained(path).model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(f"`{path}` is a `{model_type}` model; the trainers know {', '.join(SUPPORTED_MODEL_TYPES)}")
+    check_family(path)
     return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(init_kwargs or {})})
 
 
