@@ -37,15 +37,14 @@ _TEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_family(family: str, seed: int = 0, **text: Any):
+def random_family(family: str, seed: int = 0, *, text_class: Any = LlamaConfig, **text: Any):
     """(model, processor): width 64, head size 32, 2 + 2 layers, float32.
 
     Pictures of 32 x 32 are 4 visual tokens (Qwen) or 16 (LLaVA); those of another size are as many as the family makes
-    of them.
+    of them. `text` are settings of the language model; LLaVA's may be of another class too.
     """
     torch.manual_seed(seed)
-    make = _qwen if family.startswith("qwen") else _llava
-    model, processor = make(family, text)
+    model, processor = _qwen(family, text) if family.startswith("qwen") else _llava(family, text_class, text)
     with torch.no_grad():  # far enough from uniform that positions, images and prompts matter
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -77,7 +76,7 @@ def _text_settings(tokenizer, text: dict) -> dict:
     }  # fmt: skip
 
 
-def _llava(family: str, text: dict):
+def _llava(family: str, text_class: Any, text: dict):
     tokenizer = _tokenizer(["<image>"], "<image>")
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32,
@@ -85,7 +84,7 @@ def _llava(family: str, text: dict):
     )  # fmt: skip
     parts = {
         "vision_config": vision,
-        "text_config": LlamaConfig(**_text_settings(tokenizer, text)),
+        "text_config": text_class(**_text_settings(tokenizer, text)),
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",

@@ -2,9 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
+from random_families import save_random_family
 from random_vlm import save_random_vlm
+from transformers import MistralConfig
 
 from r1v_rl import cli
 from r1v_rl.models import families
@@ -100,6 +104,23 @@ def test_grpo_says_how_prompts_run(check, vlm):
     assert code == 0 and "once a completion, because dropout (`lora_dropout: 0.05`)" in out, err
     code, out, err = check("grpo", {**recipe, "share_prefix": False})
     assert code == 0 and "once a completion (`share_prefix: false`)" in out, err
+
+
+def test_another_family_and_a_model_that_cannot_share(check, tmp_path):
+    """Qwen2.5-VL with its own recipe; LLaVA whose language model sees a sliding window, in `grpo` and packed `sft`."""
+    published = Path(__file__).parents[2] / "recipes" / "qwen2_5_vl_3b" / "grpo.yaml"
+    save_random_family(tmp_path / "qwen", "qwen2_5_vl")
+    recipe = {**yaml.safe_load(published.read_text()), **GRPO, "model_name_or_path": "qwen", "dtype": "float32"}
+    recipe |= {"eval_dataset_name": "scenes", "eval_dataset_size": 4, "num_generations": 8}
+    del recipe["eval_dataset_split"]
+    code, out, err = check("grpo", recipe, "--missing_ok")
+    assert code == 0 and re.search(r"update +every prompt and its images are run once a group", out), err
+    save_random_family(tmp_path / "sliding", "llava", text_class=MistralConfig, sliding_window=64)
+    reason = "some of its layers see a sliding window only"
+    code, out, err = check("grpo", {**GRPO, "model_name_or_path": "sliding"})
+    assert code == 0 and f"once a completion, because {reason}" in out, err
+    code, _, err = check("sft", {**SFT, "model_name_or_path": "sliding", "packing": True})
+    assert code == 2 and f"{reason}; set `packing: false`" in err
 
 
 def test_what_is_not_on_this_machine(check):

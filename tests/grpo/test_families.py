@@ -6,13 +6,16 @@ import pytest
 import torch
 from grpo.tiny_run import ROWS as RUN_ROWS
 from grpo.tiny_run import make_trainer
+from peft import LoraConfig
 from random_families import FAMILIES, random_family, save_random_family
 from random_vlm import picture
 from torch import Tensor
+from transformers import Gemma2Config, MistralConfig, PhiConfig
 
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.grpo import batch as batches
+from r1v_rl.grpo import policy
 from r1v_rl.grpo.batch import GenerationBatch, loss_mask, model_inputs, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.loss import LossInputs, Normalisation, policy_loss
@@ -274,6 +277,52 @@ def test_a_run_is_the_same_with_and_without_a_shared_prefix(family, tmp_path):
     assert len(runs[0]) == 3
     for shared, padded in zip(*runs, strict=True):
         assert shared == pytest.approx(padded, rel=1e-4, abs=1e-6)
+
+
+def test_a_run_with_lora(tmp_path):
+    """`generate` and the update find the positions behind the adapter."""
+    model = save_random_family(tmp_path / "model", "qwen3_vl")
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make_trainer(model, tmp_path, adapter, trainable=None, max_steps=1, save_strategy="no")
+    assert trainer.share_prefix
+    trainer.train()
+    assert any(prompt.positions is not None for prompt in trainer._buffer.prompts)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ({"text_class": MistralConfig, "sliding_window": 16}, "some of its layers see a sliding window only"),
+        ({"text_class": Gemma2Config, "head_dim": 32}, "sliding window"),
+        ({"text_class": PhiConfig}, "its language model is a `phi`"),
+    ],
+)
+def test_a_model_that_cannot_share_runs_padded_rows_and_says_why(text, reason, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(policy.logger, "warning", said.append)
+    model = save_random_family(tmp_path / "model", "llava", **text)
+    trainer = make_trainer(model, tmp_path, max_steps=1, save_strategy="no", disable_dropout=True)
+    assert not trainer.share_prefix
+    assert len(said) == 1 and "share_prefix" in said[0] and reason in said[0]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@every_family
+def test_bfloat16_is_as_near_to_float32_as_the_models_own_forward(family, tmp_path):
+    """The error of the whole gradient, against the own forward's."""
+    case = Case(family)
+    exact = flat(gradients(case.twin, case.loss(*case.own(), tmp_path)))
+    case.twin.bfloat16()
+    case.policy.bfloat16()
+    theirs = flat(gradients(case.twin, case.loss(*case.own(), tmp_path)))
+    ours = flat(gradients(case.policy, case.loss(*case.ours(share_prefix=True), tmp_path)))
+    errors = [((found - exact).norm() / exact.norm()).item() for found in (ours, theirs)]
+    assert errors[0] <= 1.25 * errors[1], errors
+
+
+def flat(found: dict[str, Tensor]) -> Tensor:
+    return torch.cat([found[name].float().flatten() for name in sorted(found)])
 
 
 def test_an_unknown_family_is_refused(tmp_path):

@@ -112,19 +112,25 @@ def token_positions(
     Returns:
         One tensor a sequence, on the CPU; None where positions are 0, 1, 2, ...
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if image_grid_thw is None or not hasattr(base.base_model, "get_rope_index"):
+    backbone = _counts_in_three_axes(model)
+    if image_grid_thw is None or backbone is None:
         return None
     ids = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
     mask = pad_sequence([torch.ones(len(sequence), dtype=torch.long) for sequence in sequences], batch_first=True)
-    positions, _ = base.base_model.get_rope_index(
-        ids, attention_mask=mask, image_grid_thw=image_grid_thw.cpu(), **token_types(base, ids)
+    positions, _ = backbone.get_rope_index(
+        ids, attention_mask=mask, image_grid_thw=image_grid_thw.cpu(), **token_types(model, ids)
     )
     return [positions[:, row, : len(sequence)] for row, sequence in enumerate(sequences)]
 
 
 def token_types(model: Any, input_ids: Int[Tensor, "B T"]) -> dict[str, Int[Tensor, "B T"]]:
     """`mm_token_type_ids` (1 on visual tokens) for a model that counts positions by them; nothing for the others."""
-    if not hasattr(model.base_model, "get_rope_index"):
+    if _counts_in_three_axes(model) is None:
         return {}
     return {"mm_token_type_ids": (input_ids == model.config.image_token_id).int()}
+
+
+def _counts_in_three_axes(model: Any) -> Any | None:
+    """The model without its head and its adapter, if its positions have three axes."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.base_model if hasattr(whole.base_model, "get_rope_index") else None

@@ -144,12 +144,23 @@ def enable_packing(model: PreTrainedModel) -> None:
     Raises:
         UserError: If the model cannot run packed rows (`why_not_packed`).
     """
-    if reason := why_not_packed(model):
-        raise UserError(f"this model cannot run packed rows: {reason}")
+    check_packing(model)
     if model.config.get_text_config() is model.config:
         model.set_attn_implementation(ATTENTION)
     else:
         model.set_attn_implementation({"text_config": ATTENTION})
+
+
+def check_packing(model: nn.Module) -> None:
+    """Refuse a model that cannot run packed rows.
+
+    Raises:
+        UserError: Saying why.
+    """
+    if reason := why_not_packed(model):
+        raise UserError(
+            f"this model cannot run packed rows: {reason}; set `packing: false` (and `padding_free: false`)"
+        )
 
 
 def why_not_packed(model: nn.Module) -> str | None:

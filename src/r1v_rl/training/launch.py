@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch.distributed
-from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
 from r1v_rl.checkpoints import checkpoint_folders
@@ -22,6 +22,12 @@ def load_model(path: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     """
     check_family(path)
     return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(init_kwargs or {})})
+
+
+def unloaded_model(path: str) -> PreTrainedModel:
+    """The model in a folder (or of a hub id) without its weights."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
 
 
 def take_model_keys(args: Any, model: ModelConfig) -> None:
