@@ -2,12 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
+from random_families import save_random_family
 from random_vlm import save_random_vlm
+from transformers import MistralConfig
 
 from r1v_rl import cli
-from r1v_rl.check import stages
+from r1v_rl.models import families
 
 SFT = {
     "dataset_name": "scenes", "dataset_size": 40, "dataset_kwargs": {"chains": "brief", "num_images": 1},
@@ -122,6 +126,23 @@ def test_grpo_says_how_prompts_run(check, vlm):
     assert code == 0 and "once a completion (`share_prefix: false`)" in out, err
 
 
+def test_another_family_and_a_model_that_cannot_share(check, tmp_path):
+    """Qwen2.5-VL with its own recipe; LLaVA whose language model sees a sliding window, in `grpo` and packed `sft`."""
+    published = Path(__file__).parents[2] / "recipes" / "qwen2_5_vl_3b" / "grpo.yaml"
+    save_random_family(tmp_path / "qwen", "qwen2_5_vl")
+    recipe = {**yaml.safe_load(published.read_text()), **GRPO, "model_name_or_path": "qwen", "dtype": "float32"}
+    recipe |= {"eval_dataset_name": "scenes", "eval_dataset_size": 4, "num_generations": 8}
+    del recipe["eval_dataset_split"]
+    code, out, err = check("grpo", recipe, "--missing_ok")
+    assert code == 0 and re.search(r"update +every prompt and its images are run once a group", out), err
+    save_random_family(tmp_path / "sliding", "llava", text_class=MistralConfig, sliding_window=64)
+    reason = "some of its layers see a sliding window only"
+    code, out, err = check("grpo", {**GRPO, "model_name_or_path": "sliding"})
+    assert code == 0 and f"once a completion, because {reason}" in out, err
+    code, _, err = check("sft", {**SFT, "model_name_or_path": "sliding", "packing": True})
+    assert code == 2 and f"{reason}; set `packing: false`" in err
+
+
 def test_what_is_not_on_this_machine(check):
     recipe = {**GRPO, "model_name_or_path": "some/hub-id", "dataset_name": "rows.jsonl", "use_cpu": False, "bf16": True}
     code, _, err = check("grpo", recipe)
@@ -196,6 +217,6 @@ def test_launch_files(tmp_path, capsys, content, message):
 
 @pytest.mark.parametrize(("command", "recipe"), [("sft", SFT), ("grpo", GRPO)])
 def test_a_family_that_the_trainers_do_not_know(check, vlm, monkeypatch, command, recipe):
-    monkeypatch.setattr(stages, "SUPPORTED_MODEL_TYPES", ("llava",))
+    monkeypatch.setattr(families, "SUPPORTED_MODEL_TYPES", ("llava",))
     code, _, err = check(command, {**recipe, "model_name_or_path": vlm})
     assert code == 2 and "is a `internvl` model; the trainers know llava" in err

@@ -8,14 +8,14 @@ import pytest
 import torch
 from random_vlm import random_vlm
 from torch import Tensor
-from transformers import AttentionMaskInterface, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AttentionMaskInterface, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from r1v_rl.errors import UserError
 from r1v_rl.models import packing
 from r1v_rl.models.attention_parts import CpuFlash, PlainMath, kernel_error, kernel_for
 from r1v_rl.models.packing import PackedLayout, enable_packing, why_not_packed
 
-FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
 TILES = [1, 0, 3]
 """Of each prompt: one tile, text only, three tiles."""
 TEXT = [9, 6, 13]
@@ -94,6 +94,7 @@ def worst_gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 def models(family: str = "qwen2"):
     """(the plain model, its packed twin, groups)"""
     plain, _ = random_vlm(text_config_class=FAMILIES[family])
+    plain.config.text_config.sliding_window = None  # Mistral's default is one
     packed = copy.deepcopy(plain)
     enable_packing(packed)
     return plain.train(), packed.train(), Groups(plain)
@@ -291,8 +292,11 @@ def test_a_wrong_kernel_would_be_seen():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "gemma3_text"}, "its language model is a `gemma3_text`; known are llama, qwen2, qwen3"),
+        ({"model_type": "gemma3_text"}, "its language model is a `gemma3_text`; known are llama, mistral, qwen2"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "some of its layers see a sliding window only"),
+        ({"sliding_window": 16, "layer_types": None}, "some of its layers see a sliding window only"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "some of its layers are linear attention"),
+        ({"use_bidirectional_attention": True}, "its image tokens see those after them"),
         ({"attention_dropout": 0.1}, "attention dropout (0.1)"),
     ],
 )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from random_vlm import picture, random_vlm, save_random_vlm
+from random_families import random_family
+from random_vlm import picture, random_vlm
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from trl.trainer.utils import split_tensor_dict
@@ -23,6 +24,7 @@ from r1v_rl.types import Completion
 G = 4
 LENGTHS = [3, 9, 6, 9, 1, 4, 2, 9, 5, 5, 5, 5, 8, 7, 2, 6]
 SIZES = [[(32, 32)], [(64, 32), (32, 32)], [(32, 96)], [(40, 32)]]  # mixed tile counts: 1, 3+1, 4, 1
+FAMILY_SIZES = [[(32, 32)], [(64, 32), (32, 32), (24, 64)], [(40, 24)], []]  # one, three and no pictures
 
 
 @dataclass
@@ -51,10 +53,12 @@ class RecordedEngine:
 class Recording:
     """Four prompts of mixed tile counts, completions of mixed lengths, sampler log-probabilities near the policy's."""
 
-    def __init__(self, folder: Path, *, share_prefix: bool = True) -> None:
+    def __init__(self, folder: Path, *, share_prefix: bool = True, family: str | None = None) -> None:
         self.share_prefix = share_prefix
-        _, self.processor = random_vlm()
-        self.model = AutoModelForImageTextToText.from_pretrained(save_random_vlm(folder))  # TRL's reference reloads it
+        model, self.processor = random_family(family) if family else random_vlm()
+        model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder)  # TRL's reference reloads it
         generator = torch.Generator().manual_seed(7)
         self.rows = [
             {
@@ -62,7 +66,7 @@ class Recording:
                 "prompt": [{"role": "user", "content": f"How many red {'circles' if i % 2 else 'squares'}?"}],
                 "images": [picture(10 * i + j, *size) for j, size in enumerate(sizes)],
             }
-            for i, sizes in enumerate(SIZES)
+            for i, sizes in enumerate(FAMILY_SIZES if family else SIZES)
         ]
         eos = self.processor.tokenizer.eos_token_id
         self.completion_ids = [
@@ -183,10 +187,11 @@ def _outcome(trainer: Any, losses: Any) -> Outcome:
 def _trl_scores(trainer: Any, part: dict) -> tuple[list[Tensor], list[Tensor]]:
     ids = torch.cat([part["prompt_ids"], part["completion_ids"]], 1)
     mask = torch.cat([part["prompt_mask"], part["completion_mask"]], 1)
+    names = ("pixel_values", "num_images", "num_tiles", "image_grid_thw", "image_sizes", "mm_token_type_ids")
+    vision = {name: part[name] for name in names if name in part}
     logprobs, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, ids, mask, part["completion_ids"].size(1), compute_entropy=True,
-        pixel_values=part["pixel_values"], num_images=part["num_images"], num_tiles=part["num_tiles"],
-    )  # fmt: skip
+        trainer.model, ids, mask, part["completion_ids"].size(1), compute_entropy=True, **vision
+    )
     kept = part["completion_mask"].bool()
     return [r[m] for r, m in zip(logprobs, kept, strict=True)], [r[m] for r, m in zip(entropies, kept, strict=True)]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity.recorded import Recording, run_ours, run_trl
+from random_families import FAMILIES
 
 LOSS_TYPES = ["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "luspo", "sapo"]
 
@@ -22,7 +23,11 @@ def assert_equal(ours, theirs) -> None:
     for mine, reference in zip(ours.entropies, theirs.entropies, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
     assert ours.gradients.keys() == theirs.gradients.keys()
+    whole = torch.stack([reference.norm() for reference in theirs.gradients.values()]).norm()
     for name, reference in theirs.gradients.items():
+        if "vision_tower" in name and name.endswith("k_proj.bias") and reference.norm() <= 1e-6 * whole:
+            assert ours.gradients[name].norm() <= 1e-6 * whole, name
+            continue  # it adds the same to every score of a query: the gradient is 0 but for rounding
         error = (ours.gradients[name] - reference).norm() / reference.norm().clamp(min=1e-12)
         assert error <= 1e-5, f"{name}: {error}"
 
@@ -85,6 +90,16 @@ def test_micro_batches(recording, tmp_path, loss_type):
     batch in order: the sum over an optimizer step is what must agree."""
     changes = {"loss_type": loss_type, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     assert_equal(run_ours(recording, tmp_path, 0.0, **changes), run_trl(recording, tmp_path, 0.0, **changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, family):
+    """Off policy with a KL term; no, one and three pictures of unlike size, one group of equal rewards."""
+    recorded = Recording(tmp_path / "model", family=family)
+    changes = {"beta": 0.04, "num_iterations": 2, "epsilon": 0.05}
+    theirs = run_trl(recorded, tmp_path, 0.02, **changes)
+    for recorded.share_prefix in (True, False):
+        assert_equal(run_ours(recorded, tmp_path, 0.02, **changes), theirs)
 
 
 def test_a_wrong_position_would_be_seen(recording, tmp_path, monkeypatch):

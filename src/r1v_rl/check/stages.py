@@ -25,6 +25,8 @@ from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.models.compose import language_model_type
 from r1v_rl.models.encoders import encoder_type
+from r1v_rl.models.families import check_family
+from r1v_rl.models.packing import check_packing
 from r1v_rl.models.transfer import check_hidden_size, substitute_config
 from r1v_rl.scoring.scorers import make_scorer
 from r1v_rl.sft import main as sft_main
@@ -34,7 +36,7 @@ from r1v_rl.sft.iterate.rounds import check_columns
 from r1v_rl.sft.packing import pack
 from r1v_rl.sft.rows import TargetRows
 from r1v_rl.tiny.parts import resolve_part
-from r1v_rl.training.launch import SUPPORTED_MODEL_TYPES
+from r1v_rl.training.launch import unloaded_model
 from r1v_rl.types import Example
 
 CONFIGS: dict[str, tuple[type, ...]] = {
@@ -79,6 +81,8 @@ def check_sft(values: dict[str, Any], report: Report) -> None:
     rows = None
     if examples is not None and processor is not None:
         rows = report.look("targets", lambda: _targets(examples, processor, args))
+    if processor is not None and (args.packing or args.padding_free):
+        report.look("packing", lambda: _packing(model.model_name_or_path))
     report.look("batch", lambda: _training_batch(rows, args))
 
 
@@ -99,6 +103,8 @@ def check_align(values: dict[str, Any], report: Report) -> None:
     rows = None
     if examples is not None and processor is not None:
         rows = report.look("targets", lambda: _targets(examples, processor, args))
+    if processor is not None and (args.packing or args.padding_free):
+        report.look("packing", lambda: _packing(model.model_name_or_path))
     report.look("batch", lambda: _training_batch(rows, args))
 
 
@@ -243,9 +249,7 @@ def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:
 def _trained_model(name: str | None, data: DataConfig, report: Report) -> tuple[str, Any]:
     """The processor of a model that the trainers know."""
     found = _processor(name, data, report)
-    kind = AutoConfig.from_pretrained(str(name)).model_type
-    if kind not in SUPPORTED_MODEL_TYPES:
-        raise RecipeError(f"`{name}` is a `{kind}` model; the trainers know {', '.join(SUPPORTED_MODEL_TYPES)}")
+    check_family(str(name))
     return found
 
 
@@ -330,6 +334,11 @@ def _training_batch(rows: TargetRows | None, args: SFTConfig) -> tuple[str, None
     num_steps = -(-num_rows // size)
     steps = args.max_steps if args.max_steps > 0 else round(num_steps * args.num_train_epochs)
     return f"{line}, {num_rows} in all, {num_steps} steps an epoch, {steps} steps on one process", None
+
+
+def _packing(name: str | None) -> tuple[str, None]:
+    check_packing(unloaded_model(str(name)))
+    return "samples share rows without padding", None
 
 
 def _targets(examples: Sequence[Example], processor: Any, args: SFTConfig) -> tuple[str, TargetRows]:

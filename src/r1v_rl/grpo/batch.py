@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from r1v_rl.models.families import joined, num_units
 from r1v_rl.models.logprobs import Scored
 from r1v_rl.models.packing import PackedLayout
 from r1v_rl.rollout.prompts import EncodedPrompt
@@ -59,12 +60,12 @@ def model_inputs(
     group = batch.num_generations
     owners = [row // group for row in rows]
     completions = [batch.completion_ids[row] for row in rows]
-    prompts = {p: batch.prompts[p].prompt_ids for p in dict.fromkeys(owners)}
+    prompts = {p: batch.prompts[p] for p in dict.fromkeys(owners)}
     if share_prefix:
         kwargs, positions = _packed_row(prompts, owners, completions, device)
     else:
         kwargs, positions = _padded_rows(prompts, owners, completions, pad_token_id, device)
-    vision, image_rows = _vision(batch.prompts, owners)
+    vision, image_rows = _vision(prompts, owners)
     return ModelInputs(
         kwargs={**kwargs, **vision},
         scored=Scored(
@@ -88,10 +89,10 @@ def loss_mask(batch: GenerationBatch, rows: Sequence[int]) -> Bool[Tensor, "B T"
 
 
 def _padded_rows(
-    prompts: dict[int, list[int]], owners: list[int], completions: list[list[int]], pad_token_id: int, device: Any
+    prompts: dict[int, EncodedPrompt], owners: list[int], completions: list[list[int]], pad_token_id: int, device: Any
 ) -> tuple[dict[str, Any], list[int]]:
     """Right-padded rows of prompt and completion, and the positions that predict the completions' tokens."""
-    rows = [prompts[p] + ids for p, ids in zip(owners, completions, strict=True)]
+    rows = [prompts[p].prompt_ids + ids for p, ids in zip(owners, completions, strict=True)]
     width = max(map(len, rows))
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -101,11 +102,25 @@ def _padded_rows(
         attention_mask[i, : len(row)] = 1
         first = i * width + len(row) - len(ids) - 1
         positions.extend(range(first, first + len(ids)))
-    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}, positions
+    kwargs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    if any(prompt.positions is not None for prompt in prompts.values()):
+        kwargs["position_ids"] = _padded_positions([prompts[p] for p in owners], rows, width).to(device)
+    return kwargs, positions
+
+
+def _padded_positions(prompts: list[EncodedPrompt], rows: list[list[int]], width: int) -> Int[Tensor, "3 B T"]:
+    """Each row's own, for a model that counts them by time, height and width; 0 on padding."""
+    padded_rows = torch.zeros((3, len(rows), width), dtype=torch.long)
+    for r, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        end = len(prompt.prompt_ids)
+        own = torch.arange(end) if prompt.positions is None else prompt.positions
+        padded_rows[:, r, :end] = own
+        padded_rows[:, r, end : len(row)] = torch.arange(len(row) - end) + own.max() + 1
+    return padded_rows
 
 
 def _packed_row(
-    prompts: dict[int, list[int]], owners: list[int], completions: list[list[int]], device: Any
+    prompts: dict[int, EncodedPrompt], owners: list[int], completions: list[list[int]], device: Any
 ) -> tuple[dict[str, Any], list[int]]:
     """Each prompt once, then its completions (without their last tokens, which predict nothing), in one row; and the
     positions that predict the completions' tokens: the first of each completion is predicted by the prompt's end."""
@@ -113,10 +128,13 @@ def _packed_row(
     lengths: list[int] = []
     prefixes: list[int | None] = []
     positions: list[int] = []
+    own_positions: dict[int, Tensor] = {}
     for p, prompt in prompts.items():
-        segment, prompt_end = len(lengths), len(row) + len(prompt)
-        row += prompt
-        lengths.append(len(prompt))
+        segment, prompt_end = len(lengths), len(row) + len(prompt.prompt_ids)
+        row += prompt.prompt_ids
+        lengths.append(len(prompt.prompt_ids))
+        if prompt.positions is not None:
+            own_positions[segment] = prompt.positions
         prefixes.append(None)
         for ids in (ids for owner, ids in zip(owners, completions, strict=True) if owner == p and ids):
             positions += [prompt_end - 1, *range(len(row), len(row) + len(ids) - 1)]
@@ -125,22 +143,19 @@ def _packed_row(
                 lengths.append(len(ids) - 1)
                 prefixes.append(segment)
     layout = PackedLayout.of(lengths, prefixes)
-    return {"input_ids": torch.tensor([row], device=device), **layout.forward_kwargs(device)}, positions
+    kwargs = {"input_ids": torch.tensor([row], device=device), **layout.forward_kwargs(device, own_positions)}
+    return kwargs, positions
 
 
-def _vision(prompts: list[EncodedPrompt], owners: list[int]) -> tuple[dict[str, Tensor], list[int] | None]:
-    """The vision inputs of the prompts in use, each once, and the tile that fills each slot of the rows."""
-    used = list(dict.fromkeys(owners))
-    names = {name for p in used for name in prompts[p].vision_inputs}
-    inputs = {
-        name: torch.cat([prompts[p].vision_inputs[name] for p in used if prompts[p].vision_inputs]) for name in names
-    }
+def _vision(prompts: dict[int, EncodedPrompt], owners: list[int]) -> tuple[dict[str, Tensor], list[int] | None]:
+    """The vision inputs of the prompts, each once, and the tile (or picture) that fills each slot of the rows."""
+    inputs = joined([prompt.vision_inputs for prompt in prompts.values()])
     if not inputs:
         return {}, None
     tiles: dict[int, range] = {}
     offset = 0
-    for p in used:
-        count = len(prompts[p].vision_inputs.get("pixel_values", ()))
+    for p, prompt in prompts.items():
+        count = num_units(prompt.vision_inputs)
         tiles[p] = range(offset, offset + count)
         offset += count
     return inputs, [tile for p in owners for tile in tiles[p]]

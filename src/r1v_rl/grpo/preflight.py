@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import trl
-from transformers import AutoConfig, AutoModelForImageTextToText, TrainerState
+from transformers import AutoConfig, TrainerState
 from trl.trainer.utils import disable_dropout_in_model
 
 from r1v_rl.data.chat import check_prompt_lengths, prompt_text
@@ -14,6 +13,7 @@ from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.rewards import RewardStage, reward_arguments
 from r1v_rl.models.packing import why_not_packed
 from r1v_rl.scoring.format import prompt_opens_think
+from r1v_rl.training.launch import unloaded_model
 from r1v_rl.types import Completion, Example, RolloutGroup
 
 NUM_REWARD_ROWS = 64
@@ -29,8 +29,7 @@ def how_prompts_run(model: trl.ModelConfig, args: GRPOConfig) -> str:
     """Whether an update runs each prompt once a group or once a completion, and why; without the weights."""
     if not args.share_prefix:
         return "every prompt is run once a completion (`share_prefix: false`)"
-    with torch.device("meta"):
-        policy = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model.model_name_or_path))
+    policy = unloaded_model(str(model.model_name_or_path))
     if args.disable_dropout:
         disable_dropout_in_model(policy)
     reason = why_not_packed(policy)

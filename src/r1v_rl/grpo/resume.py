@@ -11,6 +11,7 @@ from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
 from r1v_rl.grpo.sampler import MicroSteps, PromptSampler
+from r1v_rl.models.families import token_positions
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.tracking.completions import RolloutStore
 from r1v_rl.training.resume import ExactResume
@@ -42,7 +43,11 @@ class GRPOResume(ExactResume):
     def _encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
         """The examples' prompts, images decoded and processed once."""
         device, kwargs = self.accelerator.device, self.args.chat_template_kwargs
-        return [encode_prompt(self.processing_class, e, device=device, template_kwargs=kwargs) for e in examples]
+        prompts = [encode_prompt(self.processing_class, e, device=device, template_kwargs=kwargs) for e in examples]
+        for prompt in prompts:
+            own = token_positions(self.model, [prompt.prompt_ids], prompt.vision_inputs.get("image_grid_thw"))
+            prompt.positions = own[0] if own else None
+        return prompts
 
     def _exact_state(self) -> dict:
         return {

@@ -12,6 +12,8 @@ packing: `PackedLayout.of(lengths)`. How to use it:
 `pixel_values`. The outputs are (1, T, ...). Works under gradient checkpointing, LoRA, DDP and FSDP.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +29,13 @@ from r1v_rl.models.attention_parts import kernel_for
 
 ATTENTION = "r1v_packed"
 """Name under which attention and mask function are registered with transformers."""
-SUPPORTED_LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")
+SUPPORTED_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text")
 """`model_type` of the language models whose attention is plain causal softmax attention, tested."""
+_OTHER_LAYERS = {
+    "sliding_attention": "see a sliding window only",
+    "chunked_attention": "see their own chunk only",
+    "linear_attention": "are linear attention, which keeps a state in the order of the row",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +87,35 @@ class PackedLayout:
         """T."""
         return self.segments[-1].end
 
-    def position_ids(self, device: torch.device | str | None = None) -> Int[Tensor, "1 T"]:
-        """Positions from 0 in every segment without a prefix, and from the prefix's end in the others."""
-        firsts = [0 if s.prefix is None else self.segments[s.prefix].length for s in self.segments]
-        parts = [torch.arange(first, first + s.length) for first, s in zip(firsts, self.segments, strict=True)]
-        return torch.cat(parts)[None].to(device)
+    def position_ids(
+        self, device: torch.device | str | None = None, own: Mapping[int, Tensor] | None = None
+    ) -> Int[Tensor, "1 T"] | Int[Tensor, "axes 1 T"]:
+        """Positions from 0 in every segment without a prefix, and from the prefix's end in the others.
 
-    def forward_kwargs(self, device: torch.device | str | None = None) -> dict[str, Any]:
-        """What the model's forward takes beside `input_ids` and pixels.
+        Args:
+            own: Segment without a prefix -> its positions (axes, tokens), where the model counts them otherwise
+                (`families.token_positions`). A segment that continues it goes on after the highest of them.
+        """
+        own = own or {}
+        parts: list[Tensor] = []
+        for index, segment in enumerate(self.segments):
+            first = 0 if segment.prefix is None else int(parts[segment.prefix].max()) + 1
+            counted = torch.arange(first, first + segment.length)[None]
+            parts.append(own.get(index, counted))
+        if not own:
+            return torch.cat(parts, dim=1).to(device)
+        axes = max(len(part) for part in parts)
+        return torch.cat([part.expand(axes, -1) for part in parts], dim=1)[:, None].to(device)
+
+    def forward_kwargs(
+        self, device: torch.device | str | None = None, own_positions: Mapping[int, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """What the model's forward takes beside `input_ids` and pixels; `own_positions` as in `position_ids`.
 
         The mask is a 4D placeholder, which transformers hands through as it is: else it would build a T x T one.
         """
         return {
-            "position_ids": self.position_ids(device),
+            "position_ids": self.position_ids(device, own_positions),
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             "packed_layout": self,
         }
@@ -121,25 +144,40 @@ def enable_packing(model: PreTrainedModel) -> None:
     Raises:
         UserError: If the model cannot run packed rows (`why_not_packed`).
     """
-    if reason := why_not_packed(model):
-        raise UserError(f"this model cannot run packed rows: {reason}")
+    check_packing(model)
     if model.config.get_text_config() is model.config:
         model.set_attn_implementation(ATTENTION)
     else:
         model.set_attn_implementation({"text_config": ATTENTION})
 
 
+def check_packing(model: nn.Module) -> None:
+    """Refuse a model that cannot run packed rows.
+
+    Raises:
+        UserError: Saying why.
+    """
+    if reason := why_not_packed(model):
+        raise UserError(
+            f"this model cannot run packed rows: {reason}; set `packing: false` (and `padding_free: false`)"
+        )
+
+
 def why_not_packed(model: nn.Module) -> str | None:
     """Why `model` cannot run packed rows, in words; None where it can. A LoRA-wrapped model is looked through."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    uniform = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
+    for kind in set(getattr(config, "layer_types", None) or uniform) - {"full_attention"}:
+        return f"some of its layers {_OTHER_LAYERS.get(kind, f'are `{kind}`')}"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its image tokens see those after them (`use_bidirectional_attention`)"
     if config.model_type not in SUPPORTED_LANGUAGE_MODELS:
         return f"its language model is a `{config.model_type}`; known are {', '.join(SUPPORTED_LANGUAGE_MODELS)}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "some of its layers see a sliding window only"
     if getattr(config, "attention_dropout", 0.0):
         return f"attention dropout ({config.attention_dropout}) must draw another mask for every completion"
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and "vision" not in name:
+        in_encoder = re.search(r"(^|\.)(vision|visual)", name)
+        if isinstance(module, nn.Dropout) and module.p > 0 and not in_encoder:
             return f"dropout ({module.p} in `{name}`) must draw another mask for every completion"
     return None
 

@@ -9,7 +9,10 @@ from r1v_rl.state_files import weight_hash
 PARTS = ("vision_encoder", "projector", "language_model")
 
 _PATTERNS = (
-    ("projector", re.compile(r"(^|\.)(multi_modal_projector|visual\.(deepstack_)?merger\w*|connector|mlp1)\.")),
+    (
+        "projector",
+        re.compile(r"(^|\.)(multi_modal_projector|image_newline|visual\.(deepstack_)?merger\w*|connector|mlp1)\."),
+    ),
     ("vision_encoder", re.compile(r"(^|\.)(vision_tower|visual|vision_model)\.")),
     ("language_model", re.compile(r"(^|\.)(language_model|text_model|lm_head)\.")),
 )
@@ -46,6 +49,18 @@ def part_module(model: nn.Module, part: str) -> nn.Module:
         if name and "." + name.rsplit(".", 1)[-1] != ".lm_head" and _is_part_root(name, part):
             return module
     raise ValueError(f"the model has no {part}")
+
+
+def encoder_modules(model: nn.Module) -> list[nn.Module]:
+    """The vision encoder; its outermost modules that hold nothing of the projector, where that lies inside of it."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if not name or inside or isinstance(module, nn.ModuleList) or not _is_part_root(name, "vision_encoder"):
+            continue
+        if all(part_of(f"{name}.{inner}") == "vision_encoder" for inner, _ in module.named_parameters()):
+            found[name] = module
+    return list(found.values())
 
 
 def _is_part_root(name: str, part: str) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedModel
 
-from r1v_rl.models.parts import part_module
+from r1v_rl.models.families import as_encoder_output, repeat_features
+from r1v_rl.models.parts import encoder_modules
 
 
 class VisionOnce:
@@ -30,11 +31,12 @@ class VisionOnce:
         def get_image_features(module, *args, **kwargs):
             outputs = original(*args, **kwargs)
             if self._rows is not None:
-                outputs.pooler_output = outputs.pooler_output[self._rows]
+                repeat_features(outputs, self._rows)
             return outputs
 
         backbone.get_image_features = types.MethodType(get_image_features, backbone)
-        run_without_graph_where_frozen(part_module(model, "vision_encoder"))
+        for module in encoder_modules(model):
+            run_without_graph_where_frozen(module, model.config)
 
     @contextmanager
     def repeated(self, rows: Tensor | None) -> Iterator[None]:
@@ -46,15 +48,16 @@ class VisionOnce:
             self._rows = None
 
 
-def run_without_graph_where_frozen(tower: nn.Module) -> None:
-    """A tower without a trainable parameter runs in eval mode under `no_grad`, whatever hooks gradient checkpointing
-    has put on its embeddings. Given its own features (tiles, tokens, hidden) for pixels, it hands them on."""
-    original = tower.forward
+def run_without_graph_where_frozen(tower: nn.Module, config: Any) -> None:
+    """A vision encoder, or a module of one, without a trainable parameter runs in eval mode under `no_grad`, whatever
+    hooks gradient checkpointing has put on its embeddings. Given features (tiles, tokens, hidden) for pixels, an
+    encoder hands them on; `config` is that of the whole model."""
+    original, takes_pixels = tower.forward, isinstance(tower, PreTrainedModel)
 
     def forward(module, *args, **kwargs):
-        pixels = kwargs.get("pixel_values")
-        if pixels is not None and pixels.ndim == 3:
-            return BaseModelOutputWithPooling(last_hidden_state=pixels)
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if takes_pixels and pixels is not None and pixels.ndim == 3:
+            return as_encoder_output(config, pixels)
         if any(parameter.requires_grad for parameter in module.parameters()):
             return original(*args, **kwargs)
         if module.training:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from r1v_rl.models.families import projector_input, why_no_features
 from r1v_rl.models.parts import part_module
 
 
@@ -25,7 +26,7 @@ class VisionFeatures:
     """
 
     def __init__(self, model: Any, *, cache_bytes: int = 0):
-        self._tower = part_module(model, "vision_encoder")
+        self._tower, self._config = part_module(model, "vision_encoder"), model.config
         self._limit = cache_bytes
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._bytes = 0
@@ -35,10 +36,8 @@ class VisionFeatures:
     @staticmethod
     def why_not(model: Any) -> str | None:
         """Why the features of `model` cannot take the place of pixels, in words; None where they can."""
-        if getattr(model.config, "vision_config", None) is None:
-            return "it has no vision encoder"
-        if getattr(model.config, "vision_feature_layer", -1) != -1:
-            return f"it reads layer {model.config.vision_feature_layer} of its vision encoder, not the last"
+        if reason := why_no_features(model):
+            return reason
         if any(parameter.requires_grad for parameter in part_module(model, "vision_encoder").parameters()):
             return "its vision encoder trains"
         return None
@@ -58,8 +57,7 @@ class VisionFeatures:
             self._kept.move_to_end(key)
             return self._kept[key].to(pixels.device)
         self.tower_tiles += len(pixels)
-        dtype = next(self._tower.parameters()).dtype
-        features = self._tower(pixel_values=pixels.to(dtype)).last_hidden_state
+        features = self._encoded(pixels)
         if self._limit:
             self._keep(key, features)
         return features
@@ -84,10 +82,10 @@ class VisionFeatures:
         missing = [name for name in names if name not in self._kept]
         fresh: dict[Hashable, Tensor] = {}
         if missing:
-            pixels = read(missing).to(device, next(self._tower.parameters()).dtype)
+            pixels = read(missing).to(device)
             self.tower_tiles += len(pixels)
             tiles = pixels.split([num_tiles(name) for name in missing])
-            fresh = {n: self._tower(pixel_values=t).last_hidden_state for n, t in zip(missing, tiles, strict=True)}
+            fresh = {n: self._encoded(t) for n, t in zip(missing, tiles, strict=True)}
         found = torch.cat([(fresh if name in fresh else self._kept)[name].to(device) for name in names])
         for name, part in fresh.items():
             size = part.numel() * part.element_size()
@@ -95,6 +93,10 @@ class VisionFeatures:
                 self._kept[name] = part.to("cpu")
                 self._bytes += size
         return found
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        dtype = next(self._tower.parameters()).dtype
+        return projector_input(self._config, self._tower(pixels.to(dtype), output_hidden_states=True))
 
     def _keep(self, key: Hashable, features: Tensor) -> None:
         size = features.numel() * features.element_size()

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
+
+from r1v_rl.models.families import num_units, vision_inputs
 
 
 class VisualTokens:
@@ -24,7 +25,7 @@ class VisualTokens:
         return self._of(size)[0]
 
     def num_tiles(self, size: tuple[int, int]) -> int:
-        """The rows of `pixel_values` that a picture of (width, height) becomes."""
+        """Tiles that a picture of (width, height) becomes; 1 where the model takes pictures whole."""
         return self._of(size)[1]
 
     def expand(self, ids: list[int], runs: Sequence[list[int]]) -> list[int]:
@@ -39,15 +40,13 @@ class VisualTokens:
         return expanded
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """`pixel_values` (tiles, 3, height, width) of all the pictures, in order, as the processor makes them."""
-        image_processor = self._processor.image_processor
-        inputs = image_processor(images=[list(pictures)], return_tensors="pt")
-        return {"pixel_values": torch.as_tensor(inputs["pixel_values"])}
+        """What the model takes of all the pictures, in order, as the processor makes it (`VISION_INPUTS`)."""
+        return vision_inputs(self._processor.image_processor(images=[list(pictures)], return_tensors="pt"))
 
     def _of(self, size: tuple[int, int]) -> tuple[list[int], int]:
         if size not in self._known:
             inputs = self._processor(
                 text=[self._processor.image_token], images=[Image.new("RGB", size)], add_special_tokens=False
             )
-            self._known[size] = list(inputs["input_ids"][0]), len(inputs["pixel_values"])
+            self._known[size] = list(inputs["input_ids"][0]), num_units(inputs)
         return self._known[size]

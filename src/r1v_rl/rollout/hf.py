@@ -13,6 +13,7 @@ from transformers import (
     TextStreamer,
 )
 
+from r1v_rl.models.families import joined, token_types
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.types import Completion
@@ -42,9 +43,8 @@ class TransformersEngine:
         self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]
     ) -> Completion:
         """One completion; `on_text` receives its text word by word."""
-        return self._sample([prompt], sampling, sampling.limits(1), seed, streamer=_Streamer(self._tokenizer, on_text))[
-            0
-        ]
+        streamer = _Streamer(self._tokenizer, on_text)
+        return self._sample([prompt], sampling, sampling.limits(1), seed, streamer)[0]
 
     @torch.no_grad()
     def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
@@ -56,6 +56,7 @@ class TransformersEngine:
         for prompt, ids in zip(prompts, texts, strict=True):
             inputs = torch.tensor([prompt.prompt_ids + ids], device=device)
             vision = {name: tensor.to(device) for name, tensor in prompt.vision_inputs.items()}
+            vision |= token_types(self._policy, inputs)
             logits = self._policy(input_ids=inputs, **vision, logits_to_keep=len(ids) + 1).logits
             logprobs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
             found.append(logprobs.gather(1, inputs[0, -len(ids) :, None])[:, 0].tolist())
@@ -75,11 +76,9 @@ class TransformersEngine:
         inputs = self._tokenizer.pad(
             {"input_ids": [row.prompt_ids for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(device)
-        names = {name for row in rows for name in row.vision_inputs}
-        vision = {
-            name: torch.cat([r.vision_inputs[name] for r in rows if name in r.vision_inputs]).to(device)
-            for name in names
-        }
+        pictures = joined([row.vision_inputs for row in rows])
+        vision = {name: tensor.to(device) for name, tensor in pictures.items()}
+        vision |= token_types(self._policy, inputs["input_ids"])
         was_training = self._policy.training
         self._policy.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

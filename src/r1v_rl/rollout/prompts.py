@@ -8,6 +8,7 @@ from torch import Tensor
 
 from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.images import load_image
+from r1v_rl.models.families import vision_inputs
 from r1v_rl.types import Example
 
 
@@ -24,7 +25,9 @@ class EncodedPrompt:
     prompt_ids: list[int]
     """Token ids with one placeholder per visual token: what the policy takes."""
     vision_inputs: dict[str, Tensor]
-    """`pixel_values` (K tiles first) and what else the model wants; empty for a text-only prompt."""
+    """What the model takes of the images (`families.VISION_INPUTS`); empty for a text-only prompt."""
+    positions: Tensor | None = None
+    """(axes, tokens) of `prompt_ids`, where the model counts other than 0, 1, 2, ... (`families.token_positions`)."""
 
 
 def encode_prompt(
@@ -38,9 +41,9 @@ def encode_prompt(
     if not images:
         return EncodedPrompt(example, text, [], text_ids, text_ids, {})
     inputs = processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
-    prompt_ids = inputs.pop("input_ids")[0].tolist()
-    inputs.pop("attention_mask", None)
-    return EncodedPrompt(example, text, images, text_ids, prompt_ids, {k: v.to(device) for k, v in inputs.items()})
+    prompt_ids = inputs["input_ids"][0].tolist()
+    taken = {name: tensor.to(device) for name, tensor in vision_inputs(inputs).items()}
+    return EncodedPrompt(example, text, images, text_ids, prompt_ids, taken)
 
 
 def placeholder_ids(model_config: Any) -> list[int]:

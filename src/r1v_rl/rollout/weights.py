@@ -1,12 +1,13 @@
 """The policy's weights under the names of its files on disk, which is what inference engines read."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from r1v_rl.models.parts import part_of
+from r1v_rl.models.parts import PARTS, part_of
 
 
 def trained_weights(policy: Any) -> dict[str, Tensor]:
@@ -14,19 +15,23 @@ def trained_weights(policy: Any) -> dict[str, Tensor]:
 
     Parts are whole, since engines fuse neighbouring weights, and read such a fusion as a whole.
     """
-    trained = {part_of(name) for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    return {name: weight for name, weight in disk_weights(policy).items() if part_of(name) in trained}
+    return disk_weights(policy, {part_of(name) for name, p in policy.named_parameters() if p.requires_grad})
 
 
 @torch.no_grad()
-def disk_weights(policy: Any) -> dict[str, Tensor]:
-    """Every weight by its name on disk, LoRA merged in; the policy itself is not touched.
+def disk_weights(policy: Any, parts: Collection[str] = PARTS) -> dict[str, Tensor]:
+    """Every weight of these parts by its name on disk, LoRA merged in; the policy itself is not touched.
 
     A tied head is listed under its own name too: an engine that keeps a copy of it would go stale otherwise.
     """
-    if not hasattr(policy, "peft_config"):
-        return revert_weight_conversion(policy, dict(policy.state_dict()))
-    base = policy.get_base_model()
+    base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    weights = _merged_weights(base) if base is not policy else dict(policy.state_dict())
+    # names on disk need not tell the part
+    return revert_weight_conversion(base, {name: w for name, w in weights.items() if part_of(name) in parts})
+
+
+def _merged_weights(base: Any) -> dict[str, Tensor]:
+    """The state of a model that carries a LoRA adapter, as if it had none and the adapter were in its weights."""
     weights = {
         name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
         for name, tensor in base.state_dict().items()
@@ -36,4 +41,4 @@ def disk_weights(policy: Any) -> dict[str, Tensor]:
         for adapter in getattr(module, "active_adapters", []) if hasattr(module, "get_delta_weight") else []:
             if adapter in module.lora_A:
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(adapter)
-    return revert_weight_conversion(base, weights)
+    return weights

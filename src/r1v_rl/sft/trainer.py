@@ -7,12 +7,14 @@ import torch
 import trl
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
 from r1v_rl.data.chat import load_processor
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.models.families import token_positions, vision_inputs
 from r1v_rl.models.logprobs import Scored, add_logprob_head
 from r1v_rl.models.packing import enable_packing
 from r1v_rl.models.parts import freeze_all_but
@@ -202,14 +204,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
 
     def _model_inputs(self, inputs: dict) -> dict[str, Any]:
         """`input_ids`, what says who sees whom, and the pictures as pixels or as kept features."""
-        taken: dict[str, Any] = {"input_ids": inputs["input_ids"]}
-        if "layout" in inputs:
-            taken |= inputs["layout"].forward_kwargs(self.accelerator.device)
-        else:
-            taken["attention_mask"] = inputs["attention_mask"]
-        if "pixel_values" in inputs:
-            taken["pixel_values"] = inputs["pixel_values"]
-        elif "images" in inputs:
+        taken = {"input_ids": inputs["input_ids"], **vision_inputs(inputs), **self._places(inputs)}
+        if "images" in inputs and "pixel_values" not in inputs:
             assert self._features is not None
             rows = self._train_rows
             taken["pixel_values"] = self._features.of_named(
@@ -219,6 +215,23 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
                 self.accelerator.device,
             )
         return taken
+
+    def _places(self, inputs: dict) -> dict[str, Any]:
+        """Who sees whom, and the tokens' positions where the model does not count 0, 1, 2, ..."""
+        device, grid = self.accelerator.device, inputs.get("image_grid_thw")
+        if grid is not None and inputs["image_rows"] is not None:
+            grid = grid[inputs["image_rows"]]
+        if "layout" in inputs:
+            (ids,), segments = inputs["input_ids"].tolist(), inputs["layout"].segments
+            own = token_positions(self.model, [ids[segment.start : segment.end] for segment in segments], grid)
+            return inputs["layout"].forward_kwargs(device, dict(enumerate(own or [])))
+        mask = inputs["attention_mask"]
+        rows = zip(inputs["input_ids"], mask.sum(1).tolist(), strict=True)
+        places = {"attention_mask": mask}
+        if own := token_positions(self.model, [ids[:length].tolist() for ids, length in rows], grid):
+            positions = pad_sequence([positions.T for positions in own], batch_first=True)  # (B, T, 3)
+            places["position_ids"] = positions.permute(2, 0, 1).to(device)
+        return places
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The sum of the target tokens' weights over the step's micro-batches, of every process."""

@@ -13,9 +13,9 @@ from r1v_rl.config import DataConfig
 from r1v_rl.data.contamination import check_contamination
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.evaluate.tested_rows import tested_rows
+from r1v_rl.models.families import check_family
 from r1v_rl.types import Example
 
-SUPPORTED_MODEL_TYPES = ("internvl",)
 DEFAULT_TRAINABLE = ("projector", "language_model")
 
 
@@ -25,10 +25,14 @@ def load_model(path: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     Raises:
         UserError: If its family is not one that the trainers know.
     """
-    model_type = AutoConfig.from_pretrained(path).model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(f"`{path}` is a `{model_type}` model; the trainers know {', '.join(SUPPORTED_MODEL_TYPES)}")
+    check_family(path)
     return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(init_kwargs or {})})
+
+
+def unloaded_model(path: str) -> PreTrainedModel:
+    """The model in a folder (or of a hub id) without its weights."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
 
 
 def take_model_keys(args: Any, model: ModelConfig) -> None:
