@@ -39,6 +39,7 @@ def rounds(tmp_path_factory):
             model_name_or_path=str(model),
             scorer=f"{folder / 'full.py'}:full",
             dataset_size=6,
+            timeout_s=580,
             distill_recipe=str(folder / "distill.yaml"),
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
