@@ -64,15 +64,19 @@ def test_the_only_number_of_the_last_line_answers_a_number_question():
         r"\boxed{" + " " * 100_000 + "5}",
         r"\boxed{" + "1," * 115_000 + "}",
         r"\boxed{" + "A) " * 35_000 + "}",
+        "so it is 5 of them, " * 5_000,
+        "option " * 15_000,
+        "(A) " * 25_000,
+        "A. \n" * 25_000,
     ],
 )
 @pytest.mark.parametrize("kind", ["math", "number", "choice", "text"])
 def test_a_long_text_is_read_in_one_pass(text, kind):
-    started = time.perf_counter()
-    answer = find_answer(text, kind)
+    started = time.process_time()
+    answer = find_answer(text, kind, ["dog", "it is 5"] if kind == "choice" else None)
     if answer is not None:
         quick_verdict(answer, "5" if kind != "choice" else "A", kind)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,25 @@ def test_a_gold_that_cannot_be_read_is_said_so_and_never_counts_against_the_answ
     assert "one option" in check_golds(["violet"], "choice", [["blue", "red"]])[0]
 
 
+def test_a_worker_forgets_what_it_has_judged():
+    from sympy.core import random
+
+    from r1v_rl.scoring import equivalence, grader_process
+
+    states = []
+    for gold, answer in ((r"\sin^2 x+\cos^2 x", "1"), (r"\sqrt{\infty}", r"50\%"), ("x^2", "x")):
+        grader_process.answer_request({"op": "same", "gold": gold, "answer": answer})
+        equivalence.forget()
+        states.append(
+            (random.rng.getstate(), random._assumptions_rng.getstate(), equivalence.read_formula.cache_info())
+        )
+    assert states[0] == states[1] == states[2] and states[0][2].currsize == 0
+    grader_process.answer_request({"op": "same", "gold": "x^2", "answer": "x"})
+    size = equivalence.read_formula.cache_info().currsize
+    grader_process.answer_request({"op": "same", "gold": "y^2", "answer": "y"})
+    assert equivalence.read_formula.cache_info().currsize == size
+
+
 def test_verdicts_are_counted_by_reason(pool):
     before = pool.counts.copy()
     verdicts = pool.judge_answers([r"\boxed{5}", r"\boxed{6}", "<think>", r"\boxed{\frac{1}{}"], ["5"] * 4)

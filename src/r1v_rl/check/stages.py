@@ -153,14 +153,23 @@ def check_transfer(values: dict[str, Any], report: Report) -> None:
 def check_evaluate(values: dict[str, Any], report: Report) -> None:
     """Both sets of rows, model, prompt lengths."""
     config, data = build_configs(evaluate_main.CONFIGS, values)
-    print(f"checking {config.eval_dataset_name} with {config.model_name_or_path}")
-    rows = _heldout(config, data, config.seed, report)
-    texts = _heldout(evaluation.text_rows_of(config), data, config.seed, report, subject="text rows")
+    what = ", ".join(config.benchmarks) if config.benchmarks else config.eval_dataset_name
+    print(f"checking {what} with {config.model_name_or_path}")
+    rows = list(_heldout(config, data, config.seed, report))
+    rows += _heldout(evaluation.text_rows_of(config), data, config.seed, report, subject="text rows")
+    if config.benchmarks:
+        rows += report.look("items", lambda: _benchmarks(config, data, report)) or []
     processor = report.look("model", lambda: _processor(config.model_name_or_path, data, report))
-    if processor is not None and (rows or texts):
-        found = [*rows, *texts]
-        report.look("prompts", lambda: (f"longest {evaluation.longest_prompt(config, processor, found)} tokens", None))
+    if processor is not None and rows:
+        report.look("prompts", lambda: (f"longest {evaluation.longest_prompt(config, processor, rows)} tokens", None))
     report.look("scoring", lambda: ("settings can be read", config.rewards()))
+
+
+def _benchmarks(config: evaluation.EvaluationConfig, data: DataConfig, report: Report) -> tuple[str, Sequence[Example]]:
+    report.place.require("benchmark_root", config.benchmark_root)
+    found = evaluation.benchmark_examples(config, data)
+    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
+    return sizes, [example for rows in found.values() for example in rows]
 
 
 def on_this_machine(values: dict[str, Any], report: Report) -> dict[str, Any]:

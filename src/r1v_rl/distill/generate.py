@@ -98,7 +98,7 @@ class ModelGenerator:
         """Started once."""
         if self._engine is None:
             config = self._config
-            vllm = {
+            vllm: dict[str, Any] = {
                 "seed": config.seed,
                 "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
                 "kv_cache_memory_bytes": config.vllm_kv_cache_memory_bytes,

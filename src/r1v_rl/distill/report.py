@@ -18,7 +18,7 @@ from r1v_rl.evaluate.interval import wilson
 from r1v_rl.scoring.judging import question_text
 from r1v_rl.tracking.charts import bar_chart, interval_chart, number, scatter_chart
 from r1v_rl.tracking.redaction import redact
-from r1v_rl.tracking.report import page
+from r1v_rl.tracking.report import html_page
 
 NUM_SAMPLES = 20
 _NUM_BINS, _NUM_SCORE_BINS, _MAX_CHARS, _MAX_SIDE = 10, 5, 1500, 320
@@ -38,7 +38,7 @@ def report_page(rows: Sequence[Row], recipe: Recipe, summary: Mapping[str, Any])
         f"<h2>Penalty, length and accuracy</h2>{_lengths(included)}",
         f"<h2>Samples</h2>{''.join(_sample(row) for row in samples(included))}",
     ]
-    return page(name, "".join(parts))
+    return html_page(name, "".join(parts))
 
 
 def samples(rows: Sequence[Row], count: int = NUM_SAMPLES) -> list[Row]:

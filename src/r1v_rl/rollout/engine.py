@@ -1,6 +1,6 @@
 """What a rollout engine is: something that samples completions of prompts, with weights it is given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +29,11 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict)
     """The recipe's `generation_kwargs`, in the engine's own names."""
 
+    @property
+    def most_tokens(self) -> int:
+        """The largest limit."""
+        return max(self.max_tokens) if isinstance(self.max_tokens, Sequence) else self.max_tokens
+
     def limits(self, num_prompts: int) -> list[tuple[int, float]]:
         """(most tokens, repetition penalty) of each prompt."""
         tokens, penalties = self.max_tokens, self.repetition_penalty
@@ -48,4 +53,19 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """`num_generations` completions for each prompt, in order; the same seed and weights give the same ones."""
+        ...
+
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """For each prompt the log-probability, at temperature 1, of every token of a text that follows it."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """One that can also hand out an answer while it is written."""
+
+    def stream(
+        self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]
+    ) -> Completion:
+        """One completion; `on_text` receives its text piece by piece, without special tokens."""
         ...

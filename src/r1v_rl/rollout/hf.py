@@ -1,10 +1,17 @@
 """Rollouts by transformers' `generate`: slow, and the reference that the fast engine is held against."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
@@ -23,27 +30,65 @@ class TransformersEngine:
     def sync_weights(self, policy: Any) -> None:
         self._policy = policy
 
-    @torch.no_grad()
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """Completions without log-probabilities: they are the policy's own, which the trainer computes anyway."""
         count = sampling.num_generations
         rows = [prompt for prompt in prompts for _ in range(count)]
         limits = [limit for limit in sampling.limits(len(prompts)) for _ in range(count)]
+        completions = self._sample(rows, sampling, limits, seed)
+        return [completions[i : i + count] for i in range(0, len(completions), count)]
+
+    def stream(
+        self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]
+    ) -> Completion:
+        """One completion; `on_text` receives its text word by word."""
+        return self._sample([prompt], sampling, sampling.limits(1), seed, streamer=_Streamer(self._tokenizer, on_text))[
+            0
+        ]
+
+    @torch.no_grad()
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """One forward a row: nothing is padded, so nothing depends on a model's idea of padding."""
+        found = []
+        device = next(self._policy.parameters()).device
+        was_training = self._policy.training
+        self._policy.eval()
+        for prompt, ids in zip(prompts, texts, strict=True):
+            inputs = torch.tensor([prompt.prompt_ids + ids], device=device)
+            vision = {name: tensor.to(device) for name, tensor in prompt.vision_inputs.items()}
+            logits = self._policy(input_ids=inputs, **vision, logits_to_keep=len(ids) + 1).logits
+            logprobs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
+            found.append(logprobs.gather(1, inputs[0, -len(ids) :, None])[:, 0].tolist())
+        self._policy.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        rows: list[EncodedPrompt],
+        sampling: Sampling,
+        limits: list[tuple[int, float]],
+        seed: int,
+        streamer: TextStreamer | None = None,
+    ) -> list[Completion]:
         device = next(self._policy.parameters()).device
         inputs = self._tokenizer.pad(
             {"input_ids": [row.prompt_ids for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(device)
         names = {name for row in rows for name in row.vision_inputs}
-        vision = {name: torch.cat([r.vision_inputs[name] for r in rows if name in r.vision_inputs]) for name in names}
+        vision = {
+            name: torch.cat([r.vision_inputs[name] for r in rows if name in r.vision_inputs]).to(device)
+            for name in names
+        }
         was_training = self._policy.training
         self._policy.eval()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            output = self._policy.generate(**inputs, **vision, **self._arguments(sampling, limits, inputs))
+            arguments = self._arguments(sampling, limits, inputs)
+            output = self._policy.generate(**inputs, **vision, **arguments, streamer=streamer)
         self._policy.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        completions = [self._completion(ids[:most]) for ids, (most, _) in zip(new_tokens, limits, strict=True)]
-        return [completions[i : i + count] for i in range(0, len(completions), count)]
+        return [self._completion(ids[:most]) for ids, (most, _) in zip(new_tokens, limits, strict=True)]
 
     def _arguments(self, sampling: Sampling, limits: list[tuple[int, float]], inputs: Any) -> dict:
         choice = (
@@ -79,6 +124,17 @@ class TransformersEngine:
         kept = token_ids if end is None else token_ids[:end]
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(token_ids=kept, logprobs=[], text=text, is_truncated=end is None)
+
+
+class _Streamer(TextStreamer):
+    """transformers' own streamer, whose text goes to a function instead of to the console."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
 
 
 class _RepetitionPenalties(LogitsProcessor):

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import mpmath
 from latex2sympy2_extended import NormalizationConfig, is_expr_of_only_symbols, latex2sympy, normalize_latex
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 from sympy import Basic, Expr, Float, Number, Rational, nan
 from sympy import pi as PI
+from sympy.core.cache import clear_cache
 from sympy.core.function import AppliedUndef
+from sympy.core.random import seed
 from sympy.core.relational import Relational
 
 from r1v_rl.scoring.answers import compared_factors, plain_math, units_conflict
@@ -81,6 +84,18 @@ def read_formula(text: str) -> Any:
     if expression is None:
         raise ValueError("not a formula")
     return expression
+
+
+def forget() -> None:
+    """Bring sympy back to the state of a fresh process, so that what comes next depends on its inputs alone.
+
+    Sympy draws random numbers where it looks for zeros and in the order in which it deduces assumptions, and its
+    caches hold expressions with what was deduced of them for an earlier answer.
+    """
+    clear_cache()
+    read_formula.cache_clear()
+    seed(0)
+    mpmath.mp.prec = 53
 
 
 def same_value(gold: str, answer: str) -> bool:

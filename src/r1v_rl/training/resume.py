@@ -64,7 +64,8 @@ class ExactResume(Trainer):
         if self.accelerator.is_main_process:
             meta = {"step": self.state.global_step, "weights": self._weight_hash(), "run": self._fingerprint()}
             checkpoints.commit(folder, target, meta)
-            checkpoints.prune(target.parent, self.args.save_total_limit)
+            best = self.state.best_model_checkpoint
+            checkpoints.prune(target.parent, self.args.save_total_limit, also=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -93,6 +94,8 @@ class ExactResume(Trainer):
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
             if self._is_finished(resume_from_checkpoint):
                 self._load_from_checkpoint(resume_from_checkpoint)
+                if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                    self._load_best_model()
                 return TrainOutput(self.state.global_step, 0.0, {})
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
