@@ -190,7 +190,7 @@ def _data(options: argparse.Namespace, folder: Path, seed: int) -> dict:
     reached: dict[str, dict] = {}
     for name, path in (("distilled", folder / "distill/dataset.parquet"), ("plain", folder / "plain.parquet")):
         _call("sft", "recipes/tiny/sft.yaml", model_name_or_path=options.model, dataset_name=path,
-              output_dir=folder / name, seed=seed, dataset_size=distilled)  # fmt: skip
+              output_dir=folder / name, seed=seed, dataset_size=distilled, dataset_kwargs="{}")  # fmt: skip
         _call("evaluate", f"{folder}/none.yaml", model_name_or_path=folder / name, eval_dataset_name="scenes",
               eval_dataset_size=options.rows, eval_dataset_kwargs="{num_images: 1}", max_completion_length=160,
               answer_kind="text", vllm_kv_cache_memory_bytes=2**28, blank_images=False)  # fmt: skip

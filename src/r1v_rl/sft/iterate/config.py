@@ -67,9 +67,7 @@ class IterateConfig:
     )
     distill_recipe: str | None = field(
         default=None,
-        metadata={
-            "help": "Recipe of `r1v-rl distill` that makes each round's chains; rows and model are the round's."
-        },
+        metadata={"help": "Recipe of `r1v-rl distill` that makes each round's chains; rows and model are the round's."},
     )
     accelerate_config: str | None = field(
         default=None,
