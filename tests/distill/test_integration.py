@@ -19,6 +19,7 @@ def test_identification_is_low_relations_higher_explanation_highest():
 
 
 def test_how_many_is_no_explanation():
+    assert scored("How many circles are there?") < 0.5
     assert scored("How many circles are there?") < scored("How do the circles differ, given that both are red?")
 
 

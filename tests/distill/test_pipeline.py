@@ -1,6 +1,7 @@
 """A distillation against a scripted endpoint: what comes out, what is paid, what a kill and a fault change."""
 
 import json
+import os
 import shutil
 from random import Random
 
@@ -120,16 +121,33 @@ def test_only_a_changed_row_is_done_again(undisturbed, model, server, tmp_path):
     assert all("tell me" in r["messages"][0]["content"] for r in server.requests)
 
 
-def test_killed_anywhere_every_call_is_paid_once(undisturbed, model, server, tmp_path):
-    """Killed within writes of replies: what is asked twice was in flight or half written."""
-    write_rows(tmp_path / "rows.jsonl", NUM_ROWS)
-    kills = [f"reply_write:{Random(7).randrange(1, 40) + 7 * i}" for i in range(3)] + ["file_write:2"]
+LONG = (500, 20)
+"""Rows and kills with R1V_LONG=1: ten minutes on a quiet core."""
+
+
+@pytest.mark.parametrize(("num_rows", "num_kills"), [LONG if os.environ.get("R1V_LONG") else (NUM_ROWS, 4)])
+def test_killed_anywhere_every_call_is_paid_once(undisturbed, model, server, tmp_path, num_rows, num_kills):
+    """Killed within writes of replies, and once of results: what is asked twice was in flight or half written."""
+    folder, requests = undisturbed
+    if num_rows != NUM_ROWS:
+        folder = tmp_path / "undisturbed"
+        folder.mkdir()
+        write_rows(folder / "rows.jsonl", num_rows)
+        first = Server()
+        assert run(folder, model, first.base_url) == 0
+        requests = first.requests
+        first.close()
+    write_rows(tmp_path / "rows.jsonl", num_rows)
+    rng = Random(7)
+    spread = 3 * len(requests) // (num_kills + 1)  # each reply passes the point three times
+    kills = [f"reply_write:{rng.randrange(1, spread)}" for _ in range(num_kills - 1)] + ["file_write:2"]
     for fault in kills:
-        assert run(tmp_path, model, server.base_url, fault) == -9
+        assert run(tmp_path, model, server.base_url, fault) == -9, fault
     assert run(tmp_path, model, server.base_url) == 0
-    needed = len(undisturbed[1])
-    assert needed <= len(server.requests) <= needed + len(kills) * 8, "8 may be in flight"
-    assert contents(tmp_path) == contents(undisturbed[0])
+    needed, asked = len(requests), len(server.requests)
+    print(f"{num_kills} kills: {asked} calls for {needed}")
+    assert needed <= asked <= needed + num_kills * 8, "8 may be in flight"
+    assert contents(tmp_path) == contents(folder)
 
 
 @pytest.mark.parametrize("budget", [1, 30])

@@ -12,6 +12,7 @@ from r1v_rl.config import DataConfig, HeldoutConfig, build_configs
 from r1v_rl.data.chat import load_processor
 from r1v_rl.data.contamination import check_contamination
 from r1v_rl.data.dataset import heldout_examples, load_configured_examples
+from r1v_rl.distill import config as distill_config
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
@@ -44,6 +45,7 @@ CONFIGS: dict[str, tuple[type, ...]] = {
     "align": sft_main.ALIGN_CONFIGS,
     "transfer": assembly.TRANSFER_CONFIGS,
     "sft": sft_main.SFT_CONFIGS,
+    "distill": distill_config.CONFIGS,
     "iterate": iterate_config.CONFIGS,
     "grpo": grpo_main.CONFIGS,
     "evaluate": evaluate_main.CONFIGS,
@@ -123,6 +125,22 @@ def check_iterate(values: dict[str, Any], report: Report) -> None:
         report.look("columns", lambda: _columns(examples))
     report.look("model", lambda: _trained_model(model, recipe.data, report))
     report.look("batch", lambda: _training_batch(None, recipe.training))
+
+
+def check_distill(values: dict[str, Any], report: Report) -> None:
+    """Judge and teacher by name, rows, evaluation rows, model."""
+    recipe = distill_config.build_recipe(values)
+    config = recipe.distill
+    print(f"checking {recipe.data.dataset_name} with {config.model_name_or_path}")
+    if config.serve_model is not None:
+        report.look("server", lambda: _language_model(str(config.serve_model), report))
+    asked = {"assessed": config.judge_model, "revised": config.reviser_model}
+    report.look("asked", lambda: (", ".join(f"{what} by {name or 'nobody'}" for what, name in asked.items()), None))
+    examples = report.look("data", lambda: _data(recipe.data, config.seed, report))
+    _heldout(recipe.heldout, recipe.data, config.seed, report)
+    if examples is not None:
+        report.look("columns", lambda: _columns(examples))
+    report.look("model", lambda: _processor(config.model_name_or_path, recipe.data, report))
 
 
 def check_compose(values: dict[str, Any], report: Report) -> None:

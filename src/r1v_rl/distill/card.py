@@ -1,6 +1,7 @@
 """The data card: what the data set is, where it comes from, what was done to it, what was left out."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from r1v_rl.tracking.redaction import redact
 
 CARD = "README.md"
 _MAX_REASONS = 12
+_OWN_WORDS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+%")
+"""What tells reasons of one kind apart."""
 
 
 def data_card(rows: Sequence[Row], recipe: Recipe, provenance: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
@@ -79,7 +82,10 @@ def _kind(row: Row) -> str:
     """The reason of a row that was left out, without what is its own."""
     if row.excluded:
         return "a duplicate" if row.excluded.startswith("a duplicate") else "a row of the evaluation set"
-    return row.reason.split(";")[-1].split("of ")[0].strip(" :") if ";" in row.reason else "no right chain"
+    _, was_revised, why = row.reason.rpartition("; revision ")
+    if not was_revised:
+        return "no right chain, not revised"
+    return f"no right chain, last revision: {_OWN_WORDS.sub('...', why.partition(': ')[2])}"
 
 
 def _size(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from r1v_rl.data.chat import check_prompt_lengths, load_processor
+from r1v_rl.data.chat import check_prompt_lengths, load_processor, prompt_text
 from r1v_rl.data.contamination import find_duplicates, find_overlaps
 from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.data.export import example_schema
@@ -23,6 +23,7 @@ from r1v_rl.distill.revise import Selection
 from r1v_rl.errors import UserError
 from r1v_rl.rollout.vllm_server import vllm_server
 from r1v_rl.scoring.budget import Budget
+from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.types import Example
@@ -63,7 +64,8 @@ def read_source(recipe: Recipe) -> Source:
         template_kwargs=recipe.template_kwargs,
     )
     excluded = _excluded(recipe, examples)
-    rows = [Row(example, excluded.get(index, "")) for index, example in enumerate(examples)]
+    opens = [prompt_opens_think(prompt_text(processor, example, recipe.template_kwargs)) for example in examples]
+    rows = [Row(example, opens[index], excluded.get(index, "")) for index, example in enumerate(examples)]
     if len(excluded) == len(rows):
         raise UserError(f"none of {len(rows)} rows is left: row {examples[0].id} is {excluded[0]}")
     digest = hashlib.sha256()

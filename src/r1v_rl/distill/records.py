@@ -43,6 +43,8 @@ class Row:
     """A row of the data set, and everything that is learned of it."""
 
     example: Example
+    opens_think: bool = False
+    """Whether its prompt ends inside an open `<think>`."""
     excluded: str = ""
     """Why it is not distilled at all: a duplicate, or a row of an evaluation set."""
     sub_scores: dict[str, SubScore] = field(default_factory=dict)
@@ -97,6 +99,7 @@ ROWS_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("answer", pa.string()),
+        ("opens_think", pa.bool_()),
         ("excluded", pa.string()),
         ("sub_scores", pa.struct([(name, _SUB_SCORE) for name in SUB_SCORES])),
         *_SCORES.items(),
@@ -133,6 +136,7 @@ def stored_row(row: Row) -> dict[str, Any]:
     return {
         "id": row.example.id,
         "answer": row.example.answer,
+        "opens_think": row.opens_think,
         "excluded": row.excluded or None,
         "sub_scores": {name: asdict(score) for name, score in row.sub_scores.items()},
         **{name: getattr(row, name) for name in _SCORES},

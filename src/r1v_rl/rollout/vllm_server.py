@@ -56,7 +56,7 @@ def vllm_server(
     with children_prepared(), open(log, "w") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **_environment(), DIE_WITH_PARENT: str(parent)},
+            env=_environment() | {DIE_WITH_PARENT: str(parent)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -110,7 +110,8 @@ def _environment() -> dict[str, str]:
     settings = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     if not torch.cuda.is_available():
         settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-    return {key: value for key, value in settings.items() if key not in os.environ}
+    inherited = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}  # clients here send none
+    return settings | inherited
 
 
 def _free_port() -> int:

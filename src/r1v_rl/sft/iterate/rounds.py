@@ -62,6 +62,11 @@ class Round:
         return self.folder / "parts"
 
     @property
+    def distilled(self) -> Path:
+        """What `distill` leaves, where it makes the round's chains."""
+        return self.folder / "distill"
+
+    @property
     def answers(self) -> Path:
         """Every row of the dataset: the answer, the verdict, the chain, the score, and why it was selected or not."""
         return self.folder / "answers.parquet"
