@@ -1,7 +1,7 @@
 """The recipe of `r1v-rl distill`: model, scores, length, generation, judge and teacher, budget, export."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,6 +124,8 @@ class DistillConfig(JudgeConfig):
     )
     seed: int = field(default=0, metadata={"help": "Of the sampling, and of rows that are made (`scenes`)."})
 
+    _start: Callable[[], str] | None = field(default=None, init=False, repr=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in (*_JSON_KEYS, "chat_template_kwargs"):
@@ -207,9 +209,16 @@ class DistillConfig(JudgeConfig):
         )
         return {model: (price[0], price[1]) for model, price in named if model and price}
 
-    def served_at(self, base_url: str) -> "DistillConfig":
-        """The recipe with judge and reviser at the run's own server."""
-        return replace(self, serve_model=None, judge_base_url=base_url)
+    def served_by(self, start: Callable[[], str]) -> "DistillConfig":
+        """The recipe with judge and reviser at a server that `start` starts, the first time that one is asked."""
+        served = replace(self)
+        served._start = start
+        return served
+
+    def _chat_model(self, role: str, model: str, base_url: str | None, api_key_env: str) -> ChatModel:
+        if self.serve_model is None:
+            return super()._chat_model(role, model, base_url, api_key_env)
+        return replace(super()._chat_model(role, model, "http://127.0.0.1/v1", api_key_env), start=self._start)
 
 
 CONFIGS = (DistillConfig, DataConfig, HeldoutConfig)

@@ -32,7 +32,6 @@ class Step:
 
 def estimate(source: Source, config: DistillConfig, store: ReplyStore) -> list[Step]:
     """The calls of each step; calls of the model in process cost nothing and are listed as such."""
-    config = replace(config, serve_model=None, judge_base_url="http://127.0.0.1/v1") if config.serve_model else config
     rows, budget = source.included, Budget(prices=config.prices())
     steps: list[Step] = []
     judge, reviser, generator = config.judge(), config.reviser(), config.generator()

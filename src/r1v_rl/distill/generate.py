@@ -28,8 +28,6 @@ from r1v_rl.scoring.judging import question_text
 from r1v_rl.scoring.replies import ReplyStore, content_key
 from r1v_rl.types import Example
 
-MAX_CONTEXT_IMAGES = 64
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -49,6 +47,16 @@ class Generator(Protocol):
     def __call__(self, requests: Sequence[Request], sampling: Sampling, *, label: str) -> list[list[Chain]]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine must have room for."""
+
+    max_model_len: int
+    """Tokens of the longest prompt and of a chain of full length."""
+    max_images: int
+    """Of one prompt."""
+
+
 class ModelGenerator:
     """The recipe's own model; its engine starts with the first chain that is not kept yet.
 
@@ -56,9 +64,9 @@ class ModelGenerator:
     an undisturbed one writes.
     """
 
-    def __init__(self, recipe: Recipe, processor: Any, store: ReplyStore, stack: ExitStack, max_model_len: int):
+    def __init__(self, recipe: Recipe, processor: Any, store: ReplyStore, stack: ExitStack, limits: "EngineLimits"):
         self._recipe, self._config, self._processor = recipe, recipe.distill, processor
-        self._store, self._stack, self._max_model_len = store, stack, max_model_len
+        self._store, self._stack, self._limits = store, stack, limits
         self._engine: RolloutEngine | None = None
         self.name = str(self._config.model_name_or_path)
         self.weights_sha256 = weights_sha256(self.name)
@@ -110,8 +118,8 @@ class ModelGenerator:
                     self._processor,
                     use_vllm=config.use_vllm,
                     dtype=config.dtype,
-                    max_model_len=self._max_model_len,
-                    max_images=MAX_CONTEXT_IMAGES,
+                    max_model_len=self._limits.max_model_len,
+                    max_images=self._limits.max_images,
                     **vllm,
                 )
             )

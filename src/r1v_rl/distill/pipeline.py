@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.data.export import example_schema
 from r1v_rl.distill import assess
 from r1v_rl.distill.config import DistillConfig, Recipe
-from r1v_rl.distill.generate import EndpointGenerator, Generator, ModelGenerator, Request
+from r1v_rl.distill.generate import EndpointGenerator, EngineLimits, Generator, ModelGenerator, Request
 from r1v_rl.distill.length import Scores, repetition_penalty, scaled_scores, token_budget, weighted_score
 from r1v_rl.distill.records import EXPORTED, Row
 from r1v_rl.distill.revise import Selection
@@ -96,7 +97,7 @@ class Distillation:
         config = recipe.distill
         self.budget = Budget(config.budget_calls, config.budget_tokens, config.budget_usd, config.prices())
         if config.serve_model is not None:
-            recipe = replace(recipe, distill=config.served_at(_serve(config, stack)))
+            recipe = replace(recipe, distill=config.served_by(cache(lambda: _serve(config, stack))))
         self.recipe = recipe
         self._store = store
         self.generator = self._generator(stack)
@@ -107,7 +108,8 @@ class Distillation:
         if (model := config.generator()) is not None:
             return EndpointGenerator(self.recipe, model, processor, self._store, self.budget)
         longest = self.source.longest_prompt + config.max_completion_length
-        return ModelGenerator(self.recipe, processor, self._store, stack, longest)
+        limits = EngineLimits(longest, max(len(row.example.images) for row in self.source.rows))
+        return ModelGenerator(self.recipe, processor, self._store, stack, limits)
 
     def run(self) -> None:
         """Fill in the source's rows.

@@ -5,8 +5,8 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -71,6 +71,8 @@ class ChatModel:
     max_retries: int = 5
     parameters: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `chat.completions.create`, such as `temperature` and `max_completion_tokens`."""
+    start: Callable[[], str] | None = None
+    """Starts the model's server, the first time that there is something to ask, and returns its `base_url`."""
     role: str = "judge"
     """The first part of the recipe keys that name this model."""
 
@@ -117,7 +119,8 @@ class ChatModel:
         failed: dict[str, str] = {}
         with tqdm(total=len(set(keys)), initial=len(set(keys)) - len(missing), desc=label, disable=None) as bar:
             if missing:
-                run_async(_Asking(self, store, failed, bar, budget or Budget()).all(missing))
+                model = self if self.start is None else replace(self, base_url=self.start(), start=None)
+                run_async(_Asking(model, store, failed, bar, budget or Budget()).all(missing))
         return [ChatReply(store.get(key), failed.get(key, "")) for key in keys]
 
 
