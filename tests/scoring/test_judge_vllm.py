@@ -3,7 +3,7 @@
 import json
 from types import SimpleNamespace
 
-from vllm_server import vllm_server
+from tiny_server import tiny_server
 
 from r1v_rl.scoring import load_rewards
 
@@ -22,8 +22,7 @@ def test_vllms_server_judges_by_the_schema_and_its_death_is_no_verdict(tmp_path)
         "judge_model": "judge", "judge_timeout_s": 60.0, "judge_max_retries": 1, "judge_kwargs": {"max_tokens": 64},
     }  # fmt: skip
     outputs = {"backend": "xgrammar", "disable_any_whitespace": True}  # this model would write spaces for ever
-    compact = "--structured-outputs-config", json.dumps(outputs)
-    with vllm_server(tmp_path / "server.log", *compact) as url:
+    with tiny_server(tmp_path / "server.log", **{"structured-outputs-config": outputs}) as url:
         (judge,) = load_rewards(["judge"], SimpleNamespace(**keys, judge_base_url=url, output_dir=str(tmp_path)))
         rewards = judge(**rows)
         assert judge(**rows) == rewards

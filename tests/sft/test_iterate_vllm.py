@@ -4,7 +4,7 @@ import pytest
 import yaml
 from random_vlm import save_random_vlm
 from sft.iterate_run import ROOT, rows_of, run
-from vllm_server import vllm_server
+from tiny_server import tiny_server
 
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.scoring.scorers import ScorerConfig, WorkedAnswer, make_scorer
@@ -27,7 +27,7 @@ def test_a_round_judged_by_vllms_server(model, tmp_path):
     }
     bound = {"temperature": 0, "max_completion_tokens": 8, "extra_body": {"structured_outputs": {"choice": choices}}}
     keys = {"dataset_kwargs": {"chains": "careful"}, "dataset_size": 8, "num_resamples": 0, "taus": [5]}
-    with vllm_server(tmp_path / "server.log") as url:
+    with tiny_server(tmp_path / "server.log") as url:
         asking = {**rubric, "judge_base_url": url}
         finished = run(
             tmp_path, **keys, **asking, judge_kwargs=bound, learning_rates=[1e-3], model_name_or_path=str(model)
