@@ -6,7 +6,7 @@ import pytest
 import torch
 from grpo.tiny_run import ROWS as RUN_ROWS
 from grpo.tiny_run import make_trainer
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from random_families import FAMILIES, random_family, save_random_family
 from random_vlm import picture
 from torch import Tensor
@@ -26,7 +26,9 @@ from r1v_rl.models.logprobs import add_logprob_head
 from r1v_rl.models.packing import PackedLayout, enable_packing
 from r1v_rl.models.parts import PARTS, encoder_modules, freeze_all_but, part_of
 from r1v_rl.models.vision_features import VisionFeatures
-from r1v_rl.rollout.prompts import encode_prompt
+from r1v_rl.rollout.engine import Sampling
+from r1v_rl.rollout.hf import TransformersEngine
+from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt, placeholder_ids
 from r1v_rl.training.launch import load_model
 
 G = 3
@@ -72,17 +74,18 @@ class Case:
         inputs = model_inputs(self.batch, ROWS, pad_token_id=0, device="cpu", share_prefix=share_prefix)
         return score(self.policy, inputs)
 
+    def native(self, prompt: EncodedPrompt) -> dict[str, Tensor]:
+        """A prompt as the model's own processor gives it."""
+        settings = {"add_special_tokens": False, "return_tensors": "pt"}
+        return dict(self.processor(text=[prompt.text], images=prompt.images or None, **settings))
+
     def own(self) -> tuple[Tensor, Tensor]:
         """By the twin's own forward on what its processor gives, one row at a time."""
         mask = batches.token_mask(self.batch, ROWS)
         logprobs, entropies = torch.zeros(mask.shape), torch.zeros(mask.shape)
         for row in ROWS:
             prompt, ids = self.batch.prompts[row // G], torch.tensor(self.batch.completion_ids[row])
-            inputs = dict(
-                self.processor(
-                    text=[prompt.text], images=prompt.images or None, add_special_tokens=False, return_tensors="pt"
-                )
-            )
+            inputs = self.native(prompt)
             start = inputs["input_ids"].shape[1]
             inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], 1)
             for name in ("attention_mask", "mm_token_type_ids"):
@@ -131,7 +134,7 @@ def test_rows_equal_the_models_own_forward(family, share_prefix, tmp_path):
 @every_family
 def test_gradient_checkpointing_changes_no_number(family, tmp_path):
     case = Case(family, ("projector", "language_model"))
-    case.policy.gradient_checkpointing_enable({"use_reentrant": False})
+    case.policy.gradient_checkpointing_enable({"use_reentrant": True})
     case.policy.enable_input_require_grads()
     assert_equal(case, tmp_path, share_prefix=True)
 
@@ -227,8 +230,16 @@ def test_every_picture_is_seen_once_without_a_graph(family, share_prefix):
     logprobs, _ = case.ours(share_prefix=share_prefix)
     logprobs.sum().backward()
     assert len(seen) == 1 and not seen[0].requires_grad and not blocks[-1].training
+    assert len(seen[0]) == sum(map(unique_pieces, case.batch.prompts))
     for name, parameter in case.policy.named_parameters():
         assert part_of(name) != "vision_encoder" or parameter.grad is None, name
+
+
+def unique_pieces(prompt: EncodedPrompt) -> int:
+    """Patches (Qwen) or tiles of a prompt's pictures, the empty ones that fill LLaVA-NeXT's up not counted."""
+    pixels = prompt.vision_inputs.get("pixel_values", torch.zeros(0, 1))
+    pixels = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    return int((pixels.flatten(1) != 0).any(1).sum())
 
 
 def test_kept_features_of_llava_give_the_same_numbers():
@@ -257,6 +268,24 @@ def test_a_cache_that_cannot_be_is_refused_with_the_reason(family, reason, tmp_p
     model = save_random_family(tmp_path / "model", family)
     with pytest.raises(RecipeError, match=reason):
         make_trainer(model, tmp_path, vision_features="cache")
+
+
+@every_family
+@pytest.mark.parametrize("adapter", [False, True], ids=["", "lora"])
+def test_generate_reads_a_mixed_batch_as_the_model_reads_each_prompt(family, adapter):
+    """The most likely tokens, against `generate` on what the processor gives, one prompt at a time."""
+    case = Case(family)
+    model, tokenizer, banned = case.twin.eval(), case.processor.tokenizer, placeholder_ids(case.twin.config)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    engine = TransformersEngine(model.eval(), tokenizer, eos_token_ids=[0], banned_token_ids=banned)
+    found = engine.generate(case.batch.prompts, Sampling(1, max_tokens=6, temperature=0.0), seed=0)
+    for prompt, (completion,) in zip(case.batch.prompts, found, strict=True):
+        inputs = case.native(prompt)
+        own = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, eos_token_id=[0], suppress_tokens=banned, pad_token_id=0
+        )
+        assert completion.token_ids == own[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 # ---- whole runs ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from grpo.tiny_run import ROWS, make_trainer
+from random_families import save_random_family
 from random_vlm import save_random_vlm
 
 from r1v_rl.data.chat import limit_image_tiles
@@ -41,6 +42,14 @@ def differences(trainer) -> list[float]:
 def test_logprobs_are_the_policys_after_every_update(trainer):
     assert len(differences(trainer)) == 20
     assert max(differences(trainer)) <= 1e-4
+
+
+def test_qwen2_5_vl_with_a_tied_head(tmp_path):
+    """Three-axis positions, pictures of unlike size, and names on disk that do not tell the part."""
+    model = save_random_family(tmp_path / "model", "qwen2_5_vl", tie_word_embeddings=True)
+    trainer = make_trainer(model, tmp_path / "run", max_steps=3, **VLLM)
+    trainer.train()
+    assert len(differences(trainer)) == 3 and max(differences(trainer)) <= 1e-4
 
 
 def test_only_what_trains_is_sent_again(trainer, monkeypatch):

@@ -58,11 +58,19 @@ def run_without_graph_where_frozen(tower: nn.Module, config: Any) -> None:
         pixels = args[0] if args else kwargs.get("pixel_values")
         if takes_pixels and pixels is not None and pixels.ndim == 3:
             return as_encoder_output(config, pixels)
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        if trains():
             return original(*args, **kwargs)
         if module.training:
             module.eval()
         with torch.no_grad():
             return original(*args, **kwargs)
 
-    tower.forward = types.MethodType(forward, tower)
+    def trains() -> bool:
+        return any(parameter.requires_grad for parameter in tower.parameters())
+
+    def train(module, mode: bool = True):
+        return original_train(mode and trains())  # a layer in training mode is checkpointed before its forward runs
+
+    original_train = tower.train
+    tower.forward, tower.train = types.MethodType(forward, tower), types.MethodType(train, tower)
+    tower.train(tower.training)
