@@ -3,11 +3,9 @@
     python benchmarks/answers.py [--data FOLDER] [--quick] [--mistakes] [--json FILE]
 
 FOLDER holds `NAME/dev.jsonl` for any of: answer_equivalence (gold, pred, equal, kind, policy), verdict_cases (gold,
-completion, equal), mathvista_scoring and mmmu_val_scoring (responses with the official verdict). Without it, the few
-rows of tests/scoring/equivalence_cases.jsonl are taken, and the times are measured. A gold without math delimiters is
-put between `$` for the two baselines, which read it worse without. On the official sets a disagreement where the
-official script guessed (the option nearest by edit distance, or a random letter) is counted apart: nothing is guessed
-here.
+completion, equal). Without it, the few rows of tests/scoring/equivalence_cases.jsonl are taken, and the times are
+measured. A gold without math delimiters is put between `$` for the two baselines, which read it worse without. The
+official verdicts of two benchmarks are in benchmarks/official_answers.py.
 """
 
 import argparse
@@ -25,7 +23,7 @@ import r1v_rl  # isort: skip  # noqa: F401  (before torchvision is imported)
 from math_verify import parse, verify
 from trl.rewards import accuracy_reward
 
-from r1v_rl.scoring import GraderPool, Verdict, judge_answers
+from r1v_rl.scoring import GraderPool, judge_answers
 
 Row = dict[str, Any]
 _OWN_ROWS = Path(__file__).parents[1] / "tests" / "scoring" / "equivalence_cases.jsonl"
@@ -87,53 +85,6 @@ def accuracy_case(name: str, rows: list[Row], mistakes: bool) -> Row:
     return found
 
 
-def mathvista_case(rows: list[Row], field: str, mistakes: bool) -> Row:
-    """Agreement with the official verdict, from the stored extraction or from the raw response."""
-    rows = [row for row in rows if row[field]]
-    kinds = ["choice" if row["choices"] else "number" for row in rows]
-    texts = [rf"\boxed{{{row[field]}}}" if field == "extraction" else row[field] for row in rows]
-    verdicts = judge_answers(texts, [row["answer"] for row in rows], kinds, [row["choices"] for row in rows])
-    guessed = [bool(row["choices"]) and not _names_option(row["extraction"], row["choices"]) for row in rows]
-    return agreement(f"MathVista, {field}", rows, verdicts, [row["true_false"] for row in rows], guessed, mistakes)
-
-
-def mmmu_case(rows: list[Row], field: str, mistakes: bool) -> Row:
-    """Agreement with the parsed answer that the authors ship."""
-    rows = [row for row in rows if row["question_type"] == "multiple-choice" and row[field]]
-    options = [list(row["index2ans"].values()) for row in rows]
-    verdicts = judge_answers([row[field] for row in rows], [row["answer"] for row in rows], "choice", options)
-    official = [row["total_val_output"] == row["answer"] for row in rows]
-    guessed = [item.answer is None or item.reason == "unparsable" for item in verdicts]
-    return agreement(f"MMMU choices, {field}", rows, verdicts, official, guessed, mistakes)
-
-
-def agreement(
-    name: str, rows: list[Row], verdicts: list[Verdict], official: list[bool], guessed: list[bool], mistakes: bool
-) -> Row:
-    differ = [i for i, item in enumerate(verdicts) if (item.correct is True) != official[i]]
-    ours = [i for i in differ if not guessed[i]]
-    print(
-        f"{name:36}{1 - len(differ) / len(rows):7.1%} of {len(rows)} agree; {len(differ) - len(ours)} differ where the "
-        f"official script guessed, {len(ours)} ({len(ours) / len(rows):.1%}) elsewhere"
-    )
-    if mistakes:
-        for i in ours:
-            row = rows[i]
-            print(
-                f"    {row['id']}: answer {row['answer']!r}, official {official[i]}, here {verdicts[i].reason}: "
-                f"{str(row.get('extraction') or row['response'])[-70:]!r}"
-            )
-    return {"case": name, "rows": len(rows), "agree": 1 - len(differ) / len(rows), "elsewhere": len(ours) / len(rows)}
-
-
-def _names_option(text: str, choices: list[str]) -> bool:
-    plain = text.strip()
-    letter = plain.strip("(). :")[:1]
-    return plain.lower() in [choice.lower() for choice in choices] or (
-        plain.lstrip("(")[1:2] in ("", ")", ".", ":") and letter.isupper() and ord(letter) - 65 < len(choices)
-    )
-
-
 def answers_of(number: int) -> tuple[list[str], list[str]]:
     """Ordinary answers of five forms, no two alike."""
     forms: list[Callable[[int], tuple[str, str]]] = [
@@ -193,19 +144,11 @@ def main() -> None:
     print("versions " + ", ".join(f"{name} {version(name)}" for name in names))
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     sets: dict[str, list[Row]] = {"labelled rows of the tests": read(_OWN_ROWS)}
-    official: dict[str, list[Row]] = {}
     if options.data:
         equivalence = read(options.data / "answer_equivalence" / "dev.jsonl")
         sets["answer_equivalence, policy null"] = [row for row in equivalence if row["policy"] is None]
         sets["verdict_cases"] = read(options.data / "verdict_cases" / "dev.jsonl")
-        official = {name: read(options.data / f"{name}_scoring" / "dev.jsonl") for name in ("mathvista", "mmmu_val")}
     found = [accuracy_case(name, rows, options.mistakes) for name, rows in sets.items() if rows]
-    if official.get("mathvista"):
-        found += [
-            mathvista_case(official["mathvista"], field, options.mistakes) for field in ("extraction", "response")
-        ]
-    if official.get("mmmu_val"):
-        found += [mmmu_case(official["mmmu_val"], "response", options.mistakes)]
     found.append(time_case(128 if options.quick else 1024, 1 if options.quick else 3))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -317,6 +317,13 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
+def test_prune_keeps_the_best_one_beside_the_newest(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, step)
+    deleted = checkpoints.prune(tmp_path, 2, also=tmp_path / "checkpoint-1")
+    assert [p.name for p in deleted] == ["checkpoint-2"]
+
+
 def test_prune_never_deletes_the_last_good_one(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step)

@@ -133,8 +133,9 @@ def step_of(path: Path | str) -> int | None:
     return int(match[1]) if match else None
 
 
-def prune(output_dir: Path | str, keep: int | None) -> list[Path]:
-    """Delete checkpoints beyond the `keep` newest good ones (None keeps all) and return what was deleted.
+def prune(output_dir: Path | str, keep: int | None, *, also: Path | None = None) -> list[Path]:
+    """Delete checkpoints beyond the `keep` newest good ones (None keeps all) and return what was deleted; `also` (the
+    best one) stays.
 
     Only folders older than the newest one that verifies byte by byte are ever deleted, so a good one always stays; a
     torn folder does not count as kept.
@@ -149,6 +150,8 @@ def prune(output_dir: Path | str, keep: int | None) -> list[Path]:
         return []
     kept, deleted = 1, []
     for path in folders[newest_good + 1 :]:
+        if also is not None and path.name == also.name:
+            continue
         if kept < keep and not _problems(path, hashes=False):
             kept += 1
             continue

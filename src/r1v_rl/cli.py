@@ -29,15 +29,22 @@ COMMANDS: Mapping[str, Command] = {
         "r1v_rl.assembly:transfer_main", "move a trained projector to another language model of the same hidden size"
     ),
     "sft": Command("r1v_rl.sft.main:main", "fine-tune a vision-language model on target texts, any parts of it"),
+    "distill": Command(
+        "r1v_rl.distill.main:main", "make reasoning chains of fitting length: score, generate, judge, revise, export"
+    ),
     "iterate": Command(
         "r1v_rl.sft.iterate.main:main", "iterative fine-tuning: answer, judge, score, select and train, round by round"
     ),
     "grpo": Command("r1v_rl.grpo.main:main", "train a vision-language model with GRPO"),
     "run": Command("r1v_rl.chain.main:main", "run a chain of stages from its file, or go on where it stopped"),
-    "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on held-out rows"),
+    "evaluate": Command("r1v_rl.evaluate.main:main", "measure a model on benchmarks or held-out rows"),
+    "chat": Command("r1v_rl.chat.main:main", "ask a model about pictures: once, in a conversation, or as a server"),
     "convert": Command("r1v_rl.assembly:convert_main", "between internvl_chat (Skywork R1V) and transformers' layout"),
     "check": Command(
         "r1v_rl.check.main:main", "find what is wrong with a recipe before it runs: keys, data, images, rewards"
+    ),
+    "plan": Command(
+        "r1v_rl.plan.main:main", "memory of each device and FLOPs of a step for a recipe, without loading weights"
     ),
     "judge": Command(
         "r1v_rl.scoring.judge_main:main",

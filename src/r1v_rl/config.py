@@ -75,6 +75,19 @@ class DataConfig:
         default=None,
         metadata={"help": "Most tiles an image is cut into, where the processor cuts (InternVL); unset = its own."},
     )
+    contamination_check: str = field(
+        default="warn",
+        metadata={
+            "help": "Training rows that are held-out rows too, by words or by picture, are named before training.",
+            "choices": ["warn", "refuse", "off"],
+        },
+    )
+    contamination_benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Benchmarks that training rows are compared with too: names, or name=folder, file or hub id."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_kwargs, str):

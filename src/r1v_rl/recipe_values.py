@@ -226,15 +226,7 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(str(member.value) for member in origin)
     if origin in (list, tuple):
         return "a list" + "".join(f" of {describe(item)}" for item in get_args(annotation)[:1] if item is not Any)
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "a mapping",
-        NoneType: "null",
-    }
-    return words.get(origin, getattr(origin, "__name__", str(origin)))
+    return _WORDS.get(origin, getattr(origin, "__name__", str(origin)))
 
 
 def plain(value: Any) -> Any:

@@ -58,6 +58,26 @@ def test_sft_without_targets(check, vlm):
     assert code == 2 and "it has no target text; fill the column `completion`" in err
 
 
+def test_training_rows_that_are_held_out_rows(check, vlm, tmp_path):
+    """The same scenes under another split's name: their words and pictures are the same."""
+    rows = {"eval_dataset_name": "scenes", "eval_dataset_size": 20, "eval_dataset_split": "train"}
+    recipe = {**GRPO, **rows, "model_name_or_path": vlm}
+    code, out, err = check("grpo", recipe)
+    assert code == 0 and re.search(r"overlap +16 of 16 training rows overlap with 16 of 20 test rows", out), err
+    code, _, err = check("grpo", {**recipe, "contamination_check": "refuse"})
+    assert code == 2 and "overlap: 16 of 16 training rows overlap" in err and " is scenes-train-42-0 (" in err
+    benchmark = {**recipe, "contamination_benchmarks": ["math500=bench.jsonl"], "eval_dataset_name": None}
+    text = "A clerk counts red and blue squares in nine boxes and writes the sum of both on the last page of his book."
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"problem": text, "answer": "1"}) + "\n")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"problem": f"{text} What is it?", "answer": "1"}) + "\n")
+    code, out, err = check("grpo", {**benchmark, "dataset_name": "train.jsonl"})
+    assert re.search(r"overlap +1 of 1 training rows overlap with 1 of 1 test rows \(1 by text\)", out), err
+    code, _, err = check("grpo", {**recipe, "contamination_benchmarks": ["mth500"]})
+    assert code == 2 and "received 'mth500'. Did you mean `math500`" in err
+    code, out, err = check("grpo", {**recipe, "eval_dataset_split": "heldout", "contamination_check": "refuse"})
+    assert code == 0 and "none of 16 training rows is one of 20 test rows" in out, err
+
+
 def test_align_joins_parts_or_goes_on(check, vlm):
     parts = {"vision_encoder": "tiny/vision_encoder", "language_model": "tiny/reasoning_llm"}
     code, out, err = check("align", {**SFT, **parts})

@@ -24,6 +24,7 @@ ROWS = [
     }
     for i, (sizes, shape) in enumerate(zip(_SIZES * 2, ["circles", "squares", "triangles", "shapes"] * 2, strict=True))
 ]
+HELDOUT = [{**row, "id": f"held-out {i}", "answer": "3", "images": [picture(50 + i)]} for i, row in enumerate(ROWS[:3])]
 SETTINGS = {
     "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "learning_rate": 5e-3,
     "bf16": False, "gradient_checkpointing": False, "report_to": [], "use_cpu": True, "logging_steps": 1,
@@ -42,8 +43,14 @@ def make_trainer(
 ) -> GRPOTrainer:
     torch.set_num_threads(1)
     args = GRPOConfig(**{**SETTINGS, "output_dir": str(output_dir), **changes})
+    measures = args.eval_strategy != "no" or args.grounding_every
     return GRPOTrainer(
-        model=str(model), reward_funcs=[token_reward], args=args, train_dataset=rows, peft_config=peft_config
+        model=str(model),
+        reward_funcs=[token_reward],
+        args=args,
+        train_dataset=rows,
+        eval_dataset=HELDOUT if measures else None,
+        peft_config=peft_config,
     )
 
 
@@ -96,7 +103,8 @@ class _Killer(TrainerCallback):
 def in_child(*arguments: Any) -> int:
     """Exit code of `train(*arguments)` in a process of its own; -9 where it killed itself."""
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server looks for what it preloads there
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # the server looks for what it preloads there
     context.set_forkserver_preload(["grpo.tiny_run"])
     process = context.Process(target=train, args=arguments)
     process.start()

@@ -49,6 +49,8 @@ def test_tiny_grpo_runs_end_to_end(start, tmp_path, use_vllm):
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html", "model.safetensors"):
         assert (tmp_path / name).exists(), name
     assert (tmp_path / "checkpoint-2" / "manifest.json").exists()
+    weights = [path.name for path in (tmp_path / "checkpoint-2").glob("*.safetensors")]
+    assert weights == ["model.safetensors"]  # what vLLM reads when it is given the folder
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines if "reward" in line] == [1, 2, 3]
     trl_names = {"reward", "reward_std", "rewards/accuracy/mean", "rewards/format/mean", "completions/mean_length"}

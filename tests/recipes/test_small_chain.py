@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from test_small import needs_packages
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +26,12 @@ def test_two_steps_of_every_stage(tmp_path):
                     "max_completion_length": 8, "num_resamples": 0},
         "grpo": {"dataset_name": rows / "counting_train.jsonl", "max_steps": 2, "num_generations": 4,
                  "per_device_train_batch_size": 8, "max_completion_length": 8, "warmup_steps": 0},
-        "evaluate": {"eval_dataset_name": rows / "counting_heldout.jsonl", "max_completion_length": 8},
     }  # fmt: skip
     words = []
     for stage, keys in few.items():
         given = keys | ({"dataset_root": DATA} if stage != "compose" else {})
         words += [word for key, value in given.items() for word in (f"--{stage}.{key}", str(value))]
-    output = python("-m", "r1v_rl", "run", "recipes/small/chain.yaml", "--output_dir", str(tmp_path / "out"), *words)
-    assert (tmp_path / "out" / "stages.md").read_text() in output
+    python("-m", "r1v_rl", "run", str(without_evaluation(tmp_path)), "--output_dir", str(tmp_path / "out"), *words)
     manifests = {s: manifest(tmp_path / "out" / s) for s in ("compose", "align", "sft", "iterate", "grpo")}
     hashes = {stage: found["weight_hashes"] for stage, found in manifests.items()}
     assert len({found["vision_encoder"] for found in hashes.values()}) == 1
@@ -42,6 +41,17 @@ def test_two_steps_of_every_stage(tmp_path):
     assert hashes["iterate"]["language_model"] != hashes["sft"]["language_model"]
     steps = [json.loads(line) for line in (tmp_path / "out" / "grpo" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "reward" in line] == [1, 2]
+
+
+def without_evaluation(folder: Path) -> Path:
+    """The chain's file, whose stages are not measured."""
+    chain = yaml.safe_load((ROOT / "recipes" / "small" / "chain.yaml").read_text())
+    del chain["evaluate"]
+    for stage in chain["stages"]:
+        stage["config"] = str(ROOT / "recipes" / "small" / stage["config"])
+    path = folder / "chain.yaml"
+    path.write_text(yaml.safe_dump(chain))
+    return path
 
 
 def manifest(folder: Path) -> dict:

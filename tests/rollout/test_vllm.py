@@ -178,3 +178,22 @@ def test_the_engine_reads_pictures_with_the_trainers_processor(trainer, model, t
     groups = limited.engine.generate(prompts, Sampling(num_generations=1, max_tokens=2), seed=0)
     assert len(groups) == 4
     assert files == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}, "the model's folder is untouched"
+
+
+def test_streamed_text_is_that_of_the_completion(trainer):
+    """The same tokens as without streaming, and nothing left in the engine by an answer that was stopped."""
+    prompt, *_ = trainer._encode(trainer.train_examples[2:3])
+    sampling, pieces = Sampling(num_generations=1, max_tokens=12), []
+    completion = trainer.engine.stream(prompt, sampling, seed=3, on_text=pieces.append)
+    assert "".join(pieces) == completion.text and len(pieces) > 3
+    assert trainer.engine.generate([prompt], sampling, seed=3)[0][0].token_ids == completion.token_ids
+
+    greedy = Sampling(num_generations=1, max_tokens=12, temperature=0.0)
+    wanted = trainer.engine.stream(prompt, greedy, seed=0, on_text=lambda _: None)
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.engine.stream(prompt, greedy, seed=0, on_text=stop)
+    assert trainer.engine.stream(prompt, greedy, seed=0, on_text=lambda _: None) == wanted

@@ -34,7 +34,8 @@ def answer_of(random_: random.Random, depth: int) -> str:
 
 
 def test_fuzzed_answers_never_hang_crash_or_change_their_verdict():
-    """300 answers; `R1V_FUZZ=20000` takes more, `R1V_SEED` the same ones again."""
+    """300 answers; `R1V_FUZZ=20000` takes more, `R1V_SEED` the same ones again. The second pass has another order and
+    fresh workers, so that a verdict that depends on what a worker saw before it shows."""
     number, seed = int(os.environ.get("R1V_FUZZ", 300)), int(os.environ.get("R1V_SEED", time.time_ns() % 10**6))
     print(f"seed {seed}")
     random_ = random.Random(seed)
@@ -42,7 +43,10 @@ def test_fuzzed_answers_never_hang_crash_or_change_their_verdict():
     golds = [random_.choice(GOLDS) for _ in range(number)]
     with GraderPool(2) as pool:
         first = pool.judge_answers(completions, golds, timeout_s=2.0)
-        again = pool.judge_answers(completions, golds, timeout_s=2.0)
+    order = random_.sample(range(number), number)
+    with GraderPool(2) as pool:
+        shuffled = pool.judge_answers([completions[i] for i in order], [golds[i] for i in order], timeout_s=2.0)
+    again = [verdict for _, verdict in sorted(zip(order, shuffled, strict=True), key=lambda pair: pair[0])]
     shown = [row for row in zip(completions, golds, first, strict=True) if row[2].reason == "crashed"]
     assert not shown, (seed, shown[:3])
     cut = [row[:2] for row in zip(completions, golds, first, strict=True) if row[2].reason == "timeout"]

@@ -102,7 +102,7 @@ def test_a_dotted_path_names_a_function_of_an_installed_module():
     ("name", "message"),
     [
         ("acuracy", "did you mean 'accuracy'"),
-        ("org/model", "a reward model is not supported"),
+        ("org/model", "a reward model is the name reward_model"),
         ("no_such_module.reward", "must be one of accuracy, cosine, format, judge, length"),
         ("math.no_such", "has no function 'no_such'"),
         ("nowhere.py:reward", r"nowhere\.py must be a file; it is not there"),
@@ -117,7 +117,7 @@ def test_a_reward_that_is_not_there_is_named(name, message):
 
 
 def test_a_model_two_equal_names_and_a_bare_string_are_refused():
-    with pytest.raises(RewardError, match="reward model is not supported"):
+    with pytest.raises(RewardError, match="a model itself cannot be handed over"):
         load_rewards([SimpleNamespace(forward=None)])
     with pytest.raises(RewardError, match="'format' twice"):
         load_rewards(["format", "format"])

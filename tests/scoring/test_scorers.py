@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 
 from r1v_rl.errors import RecipeError, RewardError, UserError
 from r1v_rl.models.image_tokens import IMAGE_TOKENS
+from r1v_rl.scoring.loader import load_rewards
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.scoring.reward_model import scores_of
 from r1v_rl.scoring.scorers import Score, ScorerConfig, WorkedAnswer, make_scorer
@@ -174,9 +176,27 @@ def test_a_reward_models_scalar_is_the_same_alone_and_in_a_padded_batch(text_mod
 
 def test_rewards_are_kept(text_model, store, monkeypatch):
     first = make_scorer(reward_config(text_model))(ANSWERS, store)
-    monkeypatch.setattr("r1v_rl.scoring.reward_model.RewardModelScorer._load", None)
+    monkeypatch.setattr("r1v_rl.scoring.reward_model.load_reward_model", None)
     assert make_scorer(reward_config(text_model))(ANSWERS, store) == first
     assert {score.value for score in first} <= {0, 1, 2, 3, 4, 5}
+
+
+def test_a_reward_model_by_name_gives_its_scalar(text_model):
+    keys = {"reward_model": str(text_model), "reward_model_batch_size": 2}
+    (reward,) = load_rewards(["reward_model"], SimpleNamespace(**keys), prompt_opens_think=True)
+    texts = ["a1 red</think>\\boxed{3}", "a1 red blue blue</think>\\boxed{4}", "a1</think>\\boxed{3}"]
+    question = [{"role": "user", "content": [{"type": "text", "text": "How many?"}]}]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    rewards = reward(prompts=[question, "How many?", question], completions=completions, images=[()] * 3)
+    model, tokenizer = Qwen2ForSequenceClassification.from_pretrained(text_model), build_tokenizer()
+    for text, scalar in zip(texts, rewards, strict=True):
+        messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "<think>" + text}]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt")["input_ids"]
+        assert scalar == pytest.approx(model(ids).logits.item(), abs=1e-5)
+    with pytest.raises(UserError, match="needs `reward_model`"):
+        load_rewards(["reward_model"], SimpleNamespace())
+    with pytest.raises(UserError, match="cannot be read"):
+        load_rewards(["reward_model"], SimpleNamespace(reward_model="/nowhere"))
 
 
 def test_a_model_with_several_outputs_is_no_reward_model(tmp_path, store):
@@ -237,3 +257,12 @@ def test_a_reward_model_that_sees_pictures_is_shown_them(tmp_path):
     assert [score.value is not None for score in scores] == [True] * 4
     assert len(rewards) == 3, "the same picture and text is scored once"
     assert len({round(reward, 5) for reward in rewards}) == 3
+
+    (by_name,) = load_rewards(["reward_model"], SimpleNamespace(reward_model=str(folder), reward_model_batch_size=2))
+    again = by_name(
+        prompts=[answer.example.messages for answer in answers],
+        completions=[[{"role": "assistant", "content": answer.response}] for answer in answers],
+        images=[answer.example.images for answer in answers],
+    )
+    assert again[3] == pytest.approx(again[0], abs=1e-5)
+    assert sorted(again[:3]) == pytest.approx(sorted(rewards), abs=1e-5)

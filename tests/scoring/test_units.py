@@ -170,10 +170,10 @@ def test_boxes_that_are_joined_are_one_answer(text, boxes):
         ("I wonder whether it is 5.", "math", None),
         ("Thus y = 5", "math", "y=5"),
         ("It is 7.<|im_end|>\nuser: no, 8", "math", "7"),
-        ("The correct option is (C) 32.", "choice", "(C) 32"),
+        ("The correct option is (C) 32.", "choice", "C"),
         ("It stands in the (B) lower half of the mould.", "choice", "B"),
         ("It is (A) or (B).", "choice", "It is (A) or (B)"),
-        ("所以答案是（D）40m。", "choice", "（D）40m。"),
+        ("所以答案是（D）40m。", "choice", "D"),
     ],
 )
 def test_a_sentence_states_its_value(completion, kind, answer):

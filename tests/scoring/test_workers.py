@@ -69,6 +69,37 @@ def test_a_hostile_answer_is_cut_off_at_its_deadline(pool, runner, name):
     assert wall_s < DEADLINE_S + SLACK_S
 
 
+_RANK = """
+import sys, time
+from r1v_rl.scoring.workers import shared_pool
+pool = shared_pool()
+pool.judge_answers([r"\\boxed{x+1}"], ["1+x"])
+memory = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = memory()
+for hostile in sys.argv[1:]:
+    started = time.monotonic()
+    (verdict,) = pool.judge_answers([hostile], ["5"], timeout_s=0.6)
+    print(verdict.reason, time.monotonic() - started, memory() - before)
+print(*pool.worker_pids())
+"""
+
+
+def test_two_ranks_judge_each_with_graders_of_its_own():
+    command = [sys.executable, "-c", _RANK, *HANGS.values(), r"\boxed{\operatorname{zeros}(100000,100000)}"]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, stdout=-1, text=True)
+        for rank in range(2)
+    ]
+    pids = []
+    for rank in ranks:
+        *verdicts, workers = rank.communicate(timeout=60)[0].splitlines()
+        rows = [line.rsplit(" ", 2) for line in verdicts]
+        assert [reason for reason, *_ in rows[:3]] == ["timeout"] * 3 and rows[3][0] != "right"
+        assert all(float(wall_s) < DEADLINE_S + SLACK_S and float(grown_mb) < 50 for _, wall_s, grown_mb in rows)
+        pids += map(int, workers.split())
+    assert len(set(pids)) == len(pids) >= 2 and wait_until_gone(pids)
+
+
 @pytest.mark.parametrize(
     "completion",
     [
@@ -246,6 +277,25 @@ def test_a_gold_that_cannot_be_read_is_said_so_and_never_counts_against_the_answ
     assert all("gold answer" in problem for problem in problems[4:])
     assert check_golds(["B", "red", "violet"], "choice", [["blue", "red"]] * 3)[:2] == [None, None]
     assert "one option" in check_golds(["violet"], "choice", [["blue", "red"]])[0]
+
+
+def test_a_worker_forgets_what_it_has_judged():
+    from sympy.core import random
+
+    from r1v_rl.scoring import equivalence, grader_process
+
+    states = []
+    for gold, answer in ((r"\sin^2 x+\cos^2 x", "1"), (r"\sqrt{\infty}", r"50\%"), ("x^2", "x")):
+        grader_process.answer_request({"op": "same", "gold": gold, "answer": answer})
+        equivalence.forget()
+        states.append(
+            (random.rng.getstate(), random._assumptions_rng.getstate(), equivalence.read_formula.cache_info())
+        )
+    assert states[0] == states[1] == states[2] and states[0][2].currsize == 0
+    grader_process.answer_request({"op": "same", "gold": "x^2", "answer": "x"})
+    size = equivalence.read_formula.cache_info().currsize
+    grader_process.answer_request({"op": "same", "gold": "y^2", "answer": "y"})
+    assert equivalence.read_formula.cache_info().currsize == size
 
 
 def test_verdicts_are_counted_by_reason(pool):

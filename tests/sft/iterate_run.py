@@ -18,13 +18,15 @@ RECIPE = {
 }  # fmt: skip
 
 
-def run(folder: Path, *, fault: str = "", **keys) -> subprocess.CompletedProcess:
+def run(folder: Path, *, fault: str = "", timeout_s: float = 240, **keys) -> subprocess.CompletedProcess:
     """`r1v-rl iterate` into `folder/out`; `fault` kills it."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(folder / "out"), **keys}))
     command = [sys.executable, "-m", "r1v_rl", "iterate", "--config", str(recipe)]
     environment = {**os.environ, "R1V_FAULT": fault}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment, cwd=ROOT)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment, cwd=ROOT
+    )
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -1,57 +1,14 @@
 """Rounds against vLLM: its server as the judge, its engine in process as the one that answers."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import contextmanager
-
 import pytest
 import yaml
 from random_vlm import save_random_vlm
 from sft.iterate_run import ROOT, rows_of, run
+from tiny_server import tiny_server
 
-from r1v_rl.runtime import children_prepared
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.scoring.scorers import ScorerConfig, WorkedAnswer, make_scorer
-from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.types import Example
-
-START_S = 240
-
-
-@contextmanager
-def vllm_server(log):
-    """vLLM's OpenAI-compatible server with the tiny reasoning LLM; yields its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve_part("tiny/reasoning_llm")),
-        "--served-model-name", "judge", "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1",
-        "--port", str(port), "--max-model-len", "1024",
-    ]  # fmt: skip
-    with children_prepared(), open(log, "w") as output:
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        until = time.monotonic() + START_S
-        while not _is_up(port):
-            assert server.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _is_up(port: int) -> bool:
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +27,7 @@ def test_a_round_judged_by_vllms_server(model, tmp_path):
     }
     bound = {"temperature": 0, "max_completion_tokens": 8, "extra_body": {"structured_outputs": {"choice": choices}}}
     keys = {"dataset_kwargs": {"chains": "careful"}, "dataset_size": 8, "num_resamples": 0, "taus": [5]}
-    with vllm_server(tmp_path / "server.log") as url:
+    with tiny_server(tmp_path / "server.log") as url:
         asking = {**rubric, "judge_base_url": url}
         finished = run(
             tmp_path, **keys, **asking, judge_kwargs=bound, learning_rates=[1e-3], model_name_or_path=str(model)

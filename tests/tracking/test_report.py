@@ -170,6 +170,30 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert "<td>versions.torch</td>" in page
 
 
+@pytest.mark.parametrize(
+    ("gaps", "rise", "flagged"),
+    [
+        ([(0.30, 0.2), (0.31, 0.22)], 0.3, True),  # the reward rises alone
+        ([(0.30, 0.2), (0.50, 0.41)], 0.3, False),  # both rise
+        ([(0.00, -0.1), (-0.02, -0.1)], 0.3, True),  # blind throughout
+        ([(0.30, 0.2), (0.30, 0.2)], 0.02, False),  # nothing rises
+        ([(0.30, 0.2)], 0.3, False),  # measured once
+        ([], 0.3, False),
+    ],
+)
+def test_a_reward_that_rises_without_the_grounding_gap_is_flagged(tmp_path, gaps, rise, flagged):
+    lines = [{"step": step, "reward": 0.2 + rise * step / 20} for step in range(1, 21)]
+    lines += [
+        {"step": 20 * i, "grounding/gap": gap, "grounding/gap_low": low, "grounding/gap_high": 2 * gap - low}
+        for i, (gap, low) in enumerate(gaps)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path).read_text()
+    assert ("The reward rises without the grounding gap" in page) == flagged
+    if flagged and gaps[0][0] == 0.3:
+        assert "+30.0 → +31.0 points, at least +22.0" in page
+
+
 def test_the_pictures_are_in_the_page(tmp_path):
     tags = Tags(write_report(leave_a_run(tmp_path)).read_text())
     sources = [attributes["src"] for tag, attributes in tags.found if tag == "img"]

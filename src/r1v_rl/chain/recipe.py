@@ -14,11 +14,12 @@ STAGE_COMMANDS: Mapping[str, bool] = {
     "compose": True,
     "align": True,
     "transfer": False,
+    "distill": True,
     "sft": True,
     "iterate": True,
     "grpo": True,
 }
-"""Commands that leave a model in `output_dir`, and whether they have a `seed`."""
+"""Commands that leave a stage folder in `output_dir`, and whether they have a `seed`; `distill` leaves no model."""
 CHAIN_KEYS = ("output_dir", "seed", "evaluate", "stages")
 STAGE_KEYS = ("name", "command", "config", "from", "overrides", "accelerate", "evaluate", "evaluate_with")
 
@@ -148,7 +149,7 @@ def _read_stage(
         sources=sources,
         overrides={**values, "output_dir": str(root / name)},
         accelerate=base / accelerate if accelerate else None,
-        models=_models(entry.get("evaluate", True), where),
+        models=_models(entry.get("evaluate", command != "distill"), where),
         evaluate_with=_mapping(entry.get("evaluate_with"), f"{where}: `evaluate_with`"),
     )
 

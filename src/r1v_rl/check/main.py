@@ -19,6 +19,7 @@ CHECKS: Mapping[str, Callable[[dict[str, Any], Report], None]] = {
     "align": stages.check_align,
     "transfer": stages.check_transfer,
     "sft": stages.check_sft,
+    "distill": stages.check_distill,
     "iterate": stages.check_iterate,
     "grpo": stages.check_grpo,
     "evaluate": stages.check_evaluate,

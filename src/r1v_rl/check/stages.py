@@ -10,10 +10,15 @@ from r1v_rl import assembly
 from r1v_rl.check.report import NotHere, Report
 from r1v_rl.config import DataConfig, HeldoutConfig, build_configs
 from r1v_rl.data.chat import load_processor
+from r1v_rl.data.contamination import check_contamination
 from r1v_rl.data.dataset import heldout_examples, load_configured_examples
+from r1v_rl.distill import config as distill_config
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate import heldout as evaluation
 from r1v_rl.evaluate import main as evaluate_main
+from r1v_rl.evaluate.benchmarks import BENCHMARKS
+from r1v_rl.evaluate.gold import check_golds
+from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.grpo import main as grpo_main
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.preflight import context_of, how_prompts_run, longest_prompt, try_rewards
@@ -40,6 +45,7 @@ CONFIGS: dict[str, tuple[type, ...]] = {
     "align": sft_main.ALIGN_CONFIGS,
     "transfer": assembly.TRANSFER_CONFIGS,
     "sft": sft_main.SFT_CONFIGS,
+    "distill": distill_config.CONFIGS,
     "iterate": iterate_config.CONFIGS,
     "grpo": grpo_main.CONFIGS,
     "evaluate": evaluate_main.CONFIGS,
@@ -52,7 +58,9 @@ def check_grpo(values: dict[str, Any], report: Report) -> None:
     run, train, data, model = build_configs(grpo_main.CONFIGS, on_this_machine(values, report))
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, train.seed, report))
-    heldout = _heldout(run, data, train.seed, report)
+    heldout = [*_heldout(run, data, train.seed, report)]
+    heldout += report.look("measured", lambda: _measured(run, train, data, heldout)) or []
+    _overlap(examples, heldout, data, report)
     processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     report.look("batch", lambda: _rollout_batch(examples, train))
     if examples is not None and processor is not None:
@@ -69,7 +77,8 @@ def check_sft(values: dict[str, Any], report: Report) -> None:
         raise RecipeError("`dataset_name` must name the training rows: `scenes`, a file, a folder or a hub id")
     print(f"checking {data.dataset_name} with {model.model_name_or_path}")
     examples = report.look("data", lambda: _data(data, args.seed, report, answer_required=False))
-    _heldout(heldout, data, args.seed, report, answer_required=False)
+    rows_of_test = _heldout(heldout, data, args.seed, report, answer_required=False)
+    _overlap(examples, rows_of_test, data, report)
     processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
     rows = None
     if examples is not None and processor is not None:
@@ -81,11 +90,13 @@ def check_sft(values: dict[str, Any], report: Report) -> None:
 
 def check_align(values: dict[str, Any], report: Report) -> None:
     """As `check_sft`; parts that are joined first are looked at by their configurations."""
-    args, data, _, model, parts = build_configs(sft_main.ALIGN_CONFIGS, on_this_machine(values, report))
+    args, data, heldout, model, parts = build_configs(sft_main.ALIGN_CONFIGS, on_this_machine(values, report))
     if not model.model_name_or_path and not (parts.vision_encoder and parts.language_model):
         raise RecipeError("align needs `model_name_or_path`, or both `vision_encoder` and `language_model`")
     print(f"checking {data.dataset_name} with {model.model_name_or_path or parts.language_model}")
     examples = report.look("data", lambda: _data(data, args.seed, report, answer_required=False))
+    rows_of_test = _heldout(heldout, data, args.seed, report, answer_required=False)
+    _overlap(examples, rows_of_test, data, report)
     processor = None
     if model.model_name_or_path:
         processor = report.look("model", lambda: _trained_model(model.model_name_or_path, data, report))
@@ -116,6 +127,22 @@ def check_iterate(values: dict[str, Any], report: Report) -> None:
     report.look("batch", lambda: _training_batch(None, recipe.training))
 
 
+def check_distill(values: dict[str, Any], report: Report) -> None:
+    """Judge and teacher by name, rows, evaluation rows, model."""
+    recipe = distill_config.build_recipe(values)
+    config = recipe.distill
+    print(f"checking {recipe.data.dataset_name} with {config.model_name_or_path}")
+    if config.serve_model is not None:
+        report.look("server", lambda: _language_model(str(config.serve_model), report))
+    asked = {"assessed": config.judge_model, "revised": config.reviser_model}
+    report.look("asked", lambda: (", ".join(f"{what} by {name or 'nobody'}" for what, name in asked.items()), None))
+    examples = report.look("data", lambda: _data(recipe.data, config.seed, report))
+    _heldout(recipe.heldout, recipe.data, config.seed, report)
+    if examples is not None:
+        report.look("columns", lambda: _columns(examples))
+    report.look("model", lambda: _processor(config.model_name_or_path, recipe.data, report))
+
+
 def check_compose(values: dict[str, Any], report: Report) -> None:
     """Both parts, by their configurations."""
     (config,) = build_configs(assembly.COMPOSE_CONFIGS, values)
@@ -136,14 +163,28 @@ def check_transfer(values: dict[str, Any], report: Report) -> None:
 def check_evaluate(values: dict[str, Any], report: Report) -> None:
     """Both sets of rows, model, prompt lengths."""
     config, data = build_configs(evaluate_main.CONFIGS, values)
-    print(f"checking {config.eval_dataset_name} with {config.model_name_or_path}")
-    rows = _heldout(config, data, config.seed, report)
-    texts = _heldout(evaluation.text_rows_of(config), data, config.seed, report, subject="text rows")
+    what = ", ".join(config.benchmarks) if config.benchmarks else config.eval_dataset_name
+    print(f"checking {what} with {config.model_name_or_path}")
+    rows = list(_heldout(config, data, config.seed, report))
+    rows += _heldout(evaluation.text_rows_of(config), data, config.seed, report, subject="text rows")
+    if config.benchmarks:
+        rows += report.look("items", lambda: _benchmarks(config, data, report)) or []
     processor = report.look("model", lambda: _processor(config.model_name_or_path, data, report))
-    if processor is not None and (rows or texts):
-        found = [*rows, *texts]
-        report.look("prompts", lambda: (f"longest {evaluation.longest_prompt(config, processor, found)} tokens", None))
+    if processor is not None and rows:
+        report.look("prompts", lambda: (f"longest {evaluation.longest_prompt(config, processor, rows)} tokens", None))
     report.look("scoring", lambda: ("settings can be read", config.rewards()))
+
+
+def _benchmarks(config: evaluation.EvaluationConfig, data: DataConfig, report: Report) -> tuple[str, Sequence[Example]]:
+    assert not isinstance(config.benchmark_paths, str)
+    report.place.require("benchmark_root", config.benchmark_root)
+    for name in config.benchmarks or () if config.benchmark_root is None else ():
+        report.place.require("benchmarks", (config.benchmark_paths or {}).get(name) or BENCHMARKS[name].hub_id)
+    found = evaluation.benchmark_examples(config, data)
+    for name, rows in found.items():
+        print(f"  {name}: {check_golds(rows, timeout_s=config.reward_timeout_s)}", flush=True)
+    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
+    return sizes, [example for rows in found.values() for example in rows]
 
 
 def on_this_machine(values: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -165,6 +206,21 @@ def _data(
     return _described(load_configured_examples(data, seed=seed, answer_required=answer_required))
 
 
+def _measured(
+    run: grpo_main.RunConfig, args: grpo_main.GRPOConfig, data: DataConfig, heldout: Sequence[Example]
+) -> tuple[str, Sequence[Example]]:
+    """What is asked while a GRPO run trains, and the rows of `eval_on`."""
+    if run.eval_dataset_name is not None and not heldout:
+        raise NotHere("the held-out rows")
+    sets = grpo_main.eval_sets(run, args, data)
+    rows = [row for examples in sets.values() for row in examples]
+    grpo_main.check_measured(run, args, [*heldout, *rows])
+    found = [f"{name} ({len(examples)} rows)" for name, examples in sets.items()]
+    found += ["held-out rows"] if args.eval_strategy != "no" and not sets else []
+    found += [f"grounding every {args.grounding_every} steps"] if args.grounding_every else []
+    return f"while it trains: {', '.join(found) or 'nothing'}", rows
+
+
 def _heldout(
     heldout: HeldoutConfig,
     data: DataConfig,
@@ -184,6 +240,19 @@ def _heldout(
         return _described(heldout_examples(heldout, data, seed, answer_required=answer_required))
 
     return report.look(subject, find) or []
+
+
+def _overlap(examples: Sequence[Example] | None, heldout: Sequence[Example], data: DataConfig, report: Report) -> None:
+    """Training rows that are test rows, where there are any to compare with."""
+    if examples is None or not (heldout or data.contamination_benchmarks):
+        return
+
+    def find() -> tuple[str, None]:
+        for entry in data.contamination_benchmarks or ():
+            report.place.require("contamination_benchmarks", entry.partition("=")[2])
+        return check_contamination(examples, tested_rows(heldout, data), data.contamination_check), None
+
+    report.look("overlap", find)
 
 
 def _described(examples: Sequence[Example]) -> tuple[str, Sequence[Example]]:

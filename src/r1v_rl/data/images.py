@@ -60,10 +60,11 @@ def image_hash(source: ImageSource) -> str:
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
 
 
-def check_image(source: ImageSource, *, row_id: str, root: Path | None = None) -> None:
+def check_image(source: ImageSource, *, row_id: str | None, root: Path | None = None) -> None:
     """Read the header, then as much of the file as shows that it is whole.
 
     Args:
+        row_id: Of the dataset's row that holds the image; None where there is no dataset.
         root: Folder that a path must stay in, symbolic links followed; None = anywhere.
 
     Raises:
@@ -73,8 +74,8 @@ def check_image(source: ImageSource, *, row_id: str, root: Path | None = None) -
         _check_path(source.get("path") if isinstance(source, Mapping) else source, row_id, root)
     elif not isinstance(source, Image.Image | bytes | Mapping):
         kind = type(source).__name__
-        raise DataError(f"row {row_id}: an image must be a path, encoded bytes or a PIL image, received {kind}")
-    where = f"row {row_id}: image {name_of(source)}"
+        raise DataError(f"{_row(row_id)}an image must be a path, encoded bytes or a PIL image, received {kind}")
+    where = f"{_row(row_id)}image {name_of(source)}"
     if isinstance(source, Image.Image):
         _check_shape(source, where)
         return
@@ -93,7 +94,8 @@ def check_image(source: ImageSource, *, row_id: str, root: Path | None = None) -
     except DataError:
         raise
     except _FAULTS as error:
-        raise DataError(f"{where} is damaged ({error}); replace the file or drop the row") from error
+        mend = "replace the file" if row_id is None else "replace the file or drop the row"
+        raise DataError(f"{where} is damaged ({error}); {mend}") from error
 
 
 def resolve_image(source: Any, root: Path | None) -> ImageSource:
@@ -141,10 +143,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check_path(path: Any, row_id: str, root: Path | None) -> None:
+def _row(row_id: str | None) -> str:
+    return "" if row_id is None else f"row {row_id}: "
+
+
+def _check_path(path: Any, row_id: str | None, root: Path | None) -> None:
     if not isinstance(path, str | Path) or not str(path):
-        raise DataError(f"row {row_id}: an image must be a path, encoded bytes or a PIL image, received {path!r}")
-    where = f"row {row_id}: image {name_of(path)}"
+        raise DataError(f"{_row(row_id)}an image must be a path, encoded bytes or a PIL image, received {path!r}")
+    where = f"{_row(row_id)}image {name_of(path)}"
     if _URL.match(str(path)):
         raise DataError(f"{where} is an address; images are never fetched: download it and give its path")
     if "\0" in str(path):
@@ -152,7 +158,8 @@ def _check_path(path: Any, row_id: str, root: Path | None) -> None:
     if root is not None and not Path(path).resolve().is_relative_to(root.resolve()):
         raise DataError(f"{where} lies outside {root}; set `dataset_root` to a folder that holds all images")
     if not Path(path).exists():
-        raise DataError(f"{where} does not exist; relative paths start at `dataset_root`")
+        hint = "" if row_id is None else "; relative paths start at `dataset_root`"
+        raise DataError(f"{where} does not exist{hint}")
     if not Path(path).is_file():
         raise DataError(f"{where} is not a regular file")
 

@@ -129,14 +129,14 @@ def _read_messages(prompt: Any) -> tuple[list[dict[str, Any]], list[ImageSource]
 
 def _read_content(content: Any, embedded: list[ImageSource]) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return _split_at_marks(content)
+        return split_at_marks(content)
     if not isinstance(content, list | tuple):
         raise DataError(f"a message's content must be text or a list of blocks, received {type(content).__name__}")
     blocks: list[dict[str, Any]] = []
     for block in content:
         kind = "text" if isinstance(block, str) else block.get("type") if isinstance(block, Mapping) else None
         if kind == "text":
-            blocks += _split_at_marks(block if isinstance(block, str) else block.get("text") or "")
+            blocks += split_at_marks(block if isinstance(block, str) else block.get("text") or "")
         elif kind in ("image", "image_url"):
             blocks.append(dict(_IMAGE))
             source = _first(block, ("image", "image_url", "path", "url"))
@@ -148,7 +148,7 @@ def _read_content(content: Any, embedded: list[ImageSource]) -> list[dict[str, A
     return blocks
 
 
-def _split_at_marks(text: str) -> list[dict[str, Any]]:
+def split_at_marks(text: str) -> list[dict[str, Any]]:
     """`"a <image> b"` -> text, image, text."""
     blocks: list[dict[str, Any]] = []
     for number, piece in enumerate(text.split(IMAGE_MARK)):

@@ -6,7 +6,7 @@ cell (`a1-red-circle-3`, `a2-empty`) between `<img>` and `</img>`, as a picture'
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -71,7 +71,8 @@ def scene_item(
 
 
 def item_row(item: SceneItem) -> dict[str, Any]:
-    """The item as a dataset row: `id problem answer images kind template scene num_objects`."""
+    """The item as a dataset row: `id problem answer images kind template written scene num_objects`; `written`
+    is the problem with its scenes written out, as a text-only row has it."""
     return {
         "id": item.id,
         "problem": item.problem,
@@ -79,6 +80,7 @@ def item_row(item: SceneItem) -> dict[str, Any]:
         "images": item.pictures(),
         "kind": item.question.kind,
         "template": item.question.template,
+        "written": replace(item, num_images=0).problem,
         "scene": " | ".join(written_scene(s) for s in item.scenes),
         "num_objects": sum(thing is not None for s in item.scenes for thing in s),
     }

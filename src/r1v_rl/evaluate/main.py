@@ -1,17 +1,22 @@
-"""`r1v-rl evaluate`: a model's accuracy on held-out rows, written beside it."""
+"""`r1v-rl evaluate`: a model's accuracy on held-out rows or benchmarks, written beside it."""
 
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from r1v_rl.checkpoints import file_sha256
 from r1v_rl.config import DataConfig, build_configs, read_recipe
 from r1v_rl.durable import replace_file
 from r1v_rl.errors import RecipeError
-from r1v_rl.evaluate.heldout import EvaluationConfig, answer_lines, evaluate_model
+from r1v_rl.evaluate.answering import AnswerFile
+from r1v_rl.evaluate.grounding import grounding_lines
+from r1v_rl.evaluate.heldout import EvaluationConfig, benchmark_examples, evaluate_model
 from r1v_rl.evaluate.interval import Accuracy
-from r1v_rl.evaluate.record import ANSWERS, EVALUATION, settings_of
+from r1v_rl.evaluate.page import page
+from r1v_rl.evaluate.record import ANSWERS, EVALUATION, PAGE, TABLE, begin, settings_of
+from r1v_rl.evaluate.table import compared_runs, console, markdown
 from r1v_rl.tracking.manifest import RUN_MANIFEST, versions
 from r1v_rl.tracking.metrics import json_value
 from r1v_rl.tracking.redaction import redact
@@ -28,9 +33,10 @@ def main(argv: Sequence[str]) -> int:
         raise RecipeError("evaluate needs `model_name_or_path`: the folder of a model")
     folder = Path(config.model_name_or_path)
     output_dir = Path(config.output_dir or folder)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    found, answers = evaluate_model(config, data)
-    replace_file(output_dir / ANSWERS, answer_lines(answers))
+    begin(output_dir, values, config.resume)
+    with closing(AnswerFile(output_dir / ANSWERS)) as file:
+        found, answers = evaluate_model(config, data, file)
+    found |= {"compared": compared} if (compared := compared_runs(config.compare or (), answers, config.seed)) else {}
     manifest = folder / RUN_MANIFEST
     record = {
         "model": str(folder),
@@ -40,8 +46,16 @@ def main(argv: Sequence[str]) -> int:
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    replace_file(output_dir / EVALUATION, (json.dumps(redact(json_value(record)), indent=1) + "\n").encode())
-    _show(found, record["seconds"])
+    record = redact(json_value(record))
+    if config.benchmarks:
+        replace_file(output_dir / TABLE, markdown(record, config.compare or ()).encode())
+        examples = benchmark_examples(config, data)
+        replace_file(output_dir / PAGE, page(record, answers, examples, config.compare or ()).encode())
+    replace_file(output_dir / EVALUATION, (json.dumps(record, indent=1) + "\n").encode())
+    if config.benchmarks:
+        print(f"{console(record, config.compare or ())}\n{output_dir / TABLE}, {output_dir / PAGE}", flush=True)
+    else:
+        _show(found, record["seconds"])
     return 0
 
 
@@ -50,5 +64,7 @@ def _show(found: dict, seconds: float) -> None:
     for key, name in (("accuracy", "with pictures"), ("blank_accuracy", "blank pictures"), ("text_accuracy", "text")):
         if key in found:
             print(f"  {name:<16}{Accuracy(**found[key])}")
+    for line in grounding_lines(found.get("grounding")):
+        print(f"  {line}")
     print(f"  {'mean length':<16}{found['mean_length']:.1f} tokens, {100 * found['truncated_frac']:.1f} % cut off")
     print(f"  {'format':<16}{100 * found['format_rate']:.1f} %\n{seconds:.0f} s in all", flush=True)

@@ -1,20 +1,26 @@
 """`evaluation.json`: where it is, and whether it still says what the recipe asks about the model that stands there."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from r1v_rl.checkpoints import file_sha256
+from r1v_rl.durable import replace_file
+from r1v_rl.errors import UserError
 from r1v_rl.tracking.manifest import RUN_MANIFEST
+from r1v_rl.tracking.redaction import redact
 
 EVALUATION, ANSWERS = "evaluation.json", "evaluation.jsonl"
-_PLACES = ("model_name_or_path", "output_dir")
+TABLE, PAGE = "evaluation.md", "evaluation.html"
+STATE = "evaluation.state.json"
+_NO_MATTER = ("model_name_or_path", "output_dir", "resume", "compare")
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe keys that an evaluation depends on, beside the model."""
-    return {key: value for key, value in sorted(values.items()) if key not in _PLACES}
+    return {key: value for key, value in sorted(values.items()) if key not in _NO_MATTER}
 
 
 def read_evaluation(folder: Path, values: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -25,3 +31,49 @@ def read_evaluation(folder: Path, values: Mapping[str, Any]) -> dict[str, Any] |
         return None
     same_model = record.get("manifest_sha256") == file_sha256(folder / RUN_MANIFEST)
     return record if same_model and record.get("settings") == settings_of(values) else None
+
+
+def begin(output_dir: Path, values: Mapping[str, Any], resume: bool | None) -> None:
+    """Make `output_dir` ready for answers: those of an unfinished run of the same recipe and model stay in it.
+
+    Raises:
+        UserError: If `resume` is true and what stands there is of another recipe or model, or nothing does.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    now = json.loads(json.dumps({"settings": redact(settings_of(values)), "model": _model_of(values)}, default=str))
+    path = output_dir / STATE
+    try:
+        then = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        then = None
+    if then == now and resume is not False and (output_dir / ANSWERS).exists():
+        return
+    if resume:
+        raise UserError(f"`resume: true`: {_why_not(output_dir, then, now)}; set `resume: false` to begin anew")
+    (output_dir / ANSWERS).unlink(missing_ok=True)
+    replace_file(path, (json.dumps(now, indent=1) + "\n").encode())
+
+
+def _why_not(output_dir: Path, then: dict | None, now: dict) -> str:
+    if then is None or not (output_dir / ANSWERS).exists():
+        return f"{output_dir} holds no answers to go on with"
+    old, new = then.get("settings") or {}, now["settings"]
+    changed = [
+        f"`{key}` was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    changed += ["the model is another one"] if then.get("model") != now["model"] else []
+    return f"the answers in {output_dir} are of another run: {'; '.join(changed)}"
+
+
+def _model_of(values: Mapping[str, Any]) -> str:
+    """What tells a model from another: its manifest, else names, sizes and times of its files, else its hub id."""
+    folder = Path(str(values["model_name_or_path"]))
+    if not folder.is_dir():
+        return str(folder)
+    if (folder / RUN_MANIFEST).exists():
+        return file_sha256(folder / RUN_MANIFEST)
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "evaluation."))
+    )
+    listing = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

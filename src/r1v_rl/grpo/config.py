@@ -6,6 +6,8 @@ import trl
 
 from r1v_rl.config import HeldoutConfig
 from r1v_rl.errors import RecipeError
+from r1v_rl.evaluate.grounding import CONTROLS
+from r1v_rl.evaluate.reflections import REFLECTIONS
 from r1v_rl.scoring.config import NamedRewardConfig
 from r1v_rl.scoring.rules import RewardSettings
 from r1v_rl.training.trained_parts import TrainedPartsConfig
@@ -97,9 +99,31 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
             "effect where beta, entropy_coef or top_entropy_quantile need every completion."
         },
     )
+    grounding_every: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two measurements of whether the pictures matter: held-out rows asked again without "
+            "theirs, logged as `grounding/gap` and the like; 0 = never."
+        },
+    )
+    grounding_size: int = field(default=128, metadata={"help": "Held-out rows with pictures to ask."})
+    grounding_controls: list[str] = field(
+        default_factory=lambda: list(CONTROLS),
+        metadata={"help": "What to put in a picture's place: blank, shuffled, dropped. The first is `grounding/gap`."},
+    )
+    critical_tokens: list[str] = field(
+        default_factory=lambda: list(REFLECTIONS),
+        metadata={
+            "help": "Words that open a reflection; the policy's entropy there is `eval_critical_token_entropy` "
+            "(Skywork R1V3 chooses its checkpoint by it)."
+        },
+    )
     save_rollouts: bool = field(default=True, metadata={"help": "Keep every rollout in output_dir/rollouts."})
 
     def __post_init__(self) -> None:
+        goes_by_metric = self.load_best_model_at_end or self.save_strategy == "best"
+        if goes_by_metric and getattr(self, "metric_for_best_model", None) is None:
+            self.__dict__["metric_for_best_model"] = "accuracy"  # transformers would look for a loss
         try:
             super().__post_init__()
         except ValueError as error:
@@ -134,6 +158,12 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
         if self.scale_rewards not in ("group", "batch", "none"):
             raise RecipeError(f"`scale_rewards` must be group, batch or none, not `{self.scale_rewards}`.")
         self.check_parts()
+        if self.grounding_every < 0 or self.grounding_size < 2 or set(self.grounding_controls) - set(CONTROLS):
+            raise RecipeError(
+                f"`grounding_every` must be 0 or more, `grounding_size` at least 2, `grounding_controls` of "
+                f"{', '.join(CONTROLS)}; received {self.grounding_every}, {self.grounding_size}, "
+                f"{self.grounding_controls}."
+            )
         if self.max_tokens_per_forward is not None and self.max_tokens_per_forward < 1:
             raise RecipeError(f"`max_tokens_per_forward` must be at least 1, not {self.max_tokens_per_forward}.")
         if self.max_tokens_per_forward and self.top_entropy_quantile < 1.0:
@@ -155,6 +185,19 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
 @dataclass
 class RunConfig(HeldoutConfig):
     """What a GRPO run is made of beside the trainer's own keys."""
+
+    eval_on: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Small sets to answer every `eval_steps` (with `eval_strategy: steps`) in place of the held-out "
+            "rows, each a benchmark of `evaluate` or named as `eval_dataset_name` is: logged as "
+            "`eval_NAME_accuracy`, their mean as `eval_accuracy`. `load_best_model_at_end` goes by it."
+        },
+    )
+    eval_on_size: int = field(default=64, metadata={"help": "Rows to take of each of `eval_on`."})
+    eval_on_root: str | None = field(
+        default=None, metadata={"help": "Folder with a folder for each benchmark of `eval_on`; unset = from the hub."}
+    )
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],

@@ -1,9 +1,10 @@
 """`r1v-rl grpo`: from a recipe to a trained model, with what it learned measured before and after."""
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from trl import ModelConfig, get_peft_config
@@ -14,13 +15,25 @@ from r1v_rl.data.dataset import heldout_examples, load_configured_examples
 from r1v_rl.data.scenes import chance_accuracy
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.accuracy import Accuracy
+from r1v_rl.evaluate.benchmarks import BENCHMARKS
+from r1v_rl.evaluate.benchmarks.base import load_benchmark
+from r1v_rl.evaluate.grounding import grounding_lines
+from r1v_rl.evaluate.prompts import Instructions
 from r1v_rl.grpo.config import GRPOConfig, RunConfig
 from r1v_rl.grpo.preflight import context_of, longest_prompt, try_rewards
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.tracking.manifest import write_run_manifest
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
-from r1v_rl.training.launch import check_output_dir, check_processes, exit_code, resume_value, take_model_keys
+from r1v_rl.training.launch import (
+    check_output_dir,
+    check_processes,
+    exit_code,
+    resume_value,
+    say_contamination,
+    take_model_keys,
+)
+from r1v_rl.types import Example
 
 SUMMARY = "summary.json"
 CONFIGS = (RunConfig, GRPOConfig, DataConfig, ModelConfig)
@@ -55,20 +68,53 @@ def build_trainer(run: RunConfig, args: GRPOConfig, data: DataConfig, model: Mod
     processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     train = load_configured_examples(data, seed=args.seed)
     heldout = heldout_examples(run, data, args.seed)
-    longest = longest_prompt([*train, *heldout], processor, context_of(model.model_name_or_path, args), args)
+    sets = eval_sets(run, args, data)
+    asked = [*heldout, *itertools.chain(*sets.values())]
+    check_measured(run, args, asked)
+    say_contamination(train, asked, data)
+    longest = longest_prompt([*train, *asked], processor, context_of(model.model_name_or_path, args), args)
     args.vllm_max_model_length = longest + args.max_completion_length
     trainer = GRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=list(run.reward_funcs),
         args=args,
         train_dataset=train,
-        eval_dataset=heldout or None,
+        eval_dataset={"heldout": heldout or None, **sets},
         processing_class=processor,
         peft_config=get_peft_config(model),
     )
     check_processes(trainer)
     try_rewards(trainer.reward_stage, train, processor, args)
     return trainer
+
+
+def eval_sets(run: RunConfig, args: GRPOConfig, data: DataConfig) -> dict[str, Sequence[Example]]:
+    """The sets of `eval_on`: of a path the name without folder and ending, else the name itself."""
+    sets: dict[str, Sequence[Example]] = {}
+    for name in run.eval_on or []:
+        if name in BENCHMARKS and BENCHMARKS[name].make is None:
+            sets[name] = load_benchmark(
+                BENCHMARKS[name],
+                Instructions(),
+                root=run.eval_on_root,
+                size=run.eval_on_size,
+                seed=args.seed,
+                system_prompt=data.system_prompt,
+            )
+        else:
+            one = replace(run, eval_dataset_name=name, eval_dataset_size=run.eval_on_size)
+            sets[Path(name).stem] = heldout_examples(one, data, args.seed)
+    return sets
+
+
+def check_measured(run: RunConfig, args: GRPOConfig, asked: Sequence[Example]) -> None:
+    """Raises RecipeError where something is to be measured during training, and there are no rows for it."""
+    if run.eval_on and args.eval_strategy == "no":
+        raise RecipeError("`eval_on` is measured every `eval_steps`: set `eval_strategy: steps` and `eval_steps`")
+    if args.eval_strategy != "no" and not asked:
+        raise RecipeError("`eval_strategy` needs rows to answer: set `eval_dataset_name` or `eval_on`")
+    if args.grounding_every and sum(bool(example.images) for example in asked) < 2:
+        raise RecipeError("`grounding_every` needs at least two held-out rows with pictures: set `eval_dataset_name`")
 
 
 def _accuracy_before(trainer: GRPOTrainer, resume: str | bool | None) -> Accuracy | None:
@@ -105,6 +151,10 @@ def _measure(trainer: GRPOTrainer, before: Accuracy | None, started: float) -> d
         print(f"\nheld-out accuracy, greedy, {len(trainer.eval_examples)} rows, 95 % interval")
         for name, value in lines.items():
             print(f"  {name:<24}{'not measured' if value is None else value}")
+    if trainer.args.grounding_every:
+        summary["grounding"] = trainer.grounding()
+        for line in grounding_lines(summary["grounding"]):
+            print(f"  {line}")
     summary["seconds"] = round(time.perf_counter() - started, 1)
     print(f"{summary['seconds']:.0f} s in all", flush=True)
     return summary

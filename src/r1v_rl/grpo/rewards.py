@@ -100,6 +100,7 @@ def reward_arguments(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
         "prompts": [example.messages for example, _ in pairs],
         "completions": [[{"role": "assistant", "content": completion.text}] for _, completion in pairs],
         "completion_ids": [completion.token_ids for _, completion in pairs],
+        "images": [example.images for example, _ in pairs],
     }
 
 

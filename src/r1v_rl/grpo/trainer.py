@@ -1,9 +1,10 @@
 """The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,13 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import examples_from_rows
-from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedily, blanked
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, loss_mask, model_inputs, padded, score
 from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.evaluation import GroundingEvery, HeldoutEvaluation
 from r1v_rl.grpo.loss import LossInputs, LossStats, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
 from r1v_rl.grpo.policy import frozen_vision, make_engine, prepare_models, reference_policy, shares_prefix
 from r1v_rl.grpo.records import completion_records, show_completions
-from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
 from r1v_rl.grpo.update import rows_to_run, spread, within_budget, zero_with_gradient
@@ -34,11 +34,8 @@ from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.signals import StopOnSignal
 from r1v_rl.types import Example, RolloutGroup
 
-_HELDOUT_CHUNK = 256
-"""Held-out rows whose pictures are in memory at once."""
 
-
-class GRPOTrainer(GRPOResume):
+class GRPOTrainer(HeldoutEvaluation):
     """Multimodal GRPO on `transformers.Trainer`, with TRL's constructor and TRL's metric names.
 
     Args:
@@ -46,7 +43,8 @@ class GRPOTrainer(GRPOResume):
         reward_funcs: Registry names, dotted paths, `file.py:function`, or functions with TRL's signature.
         args: The recipe.
         train_dataset: `datasets.Dataset` (columns as in the README), a list of rows, or a list of `Example`.
-        eval_dataset: Likewise; answered greedily, reported as `eval_accuracy`.
+        eval_dataset: Likewise; answered greedily, reported as `eval_accuracy`. Of a dict of them `heldout` is that one,
+            and the others are the sets that are answered every `eval_steps`.
         processing_class: The processor; that of `model` where unset.
         callbacks: As in `transformers.Trainer`.
         optimizers: As in `transformers.Trainer`.
@@ -60,7 +58,7 @@ class GRPOTrainer(GRPOResume):
         reward_funcs: list,
         args: GRPOConfig,
         train_dataset: Dataset | list,
-        eval_dataset: Dataset | list | None = None,
+        eval_dataset: Dataset | list | dict | None = None,
         processing_class: ProcessorMixin | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -71,12 +69,14 @@ class GRPOTrainer(GRPOResume):
         self.share_prefix = shares_prefix(args, policy, self.ref_model)
         self._stop = StopOnSignal()
         self.train_examples = _examples(train_dataset)
-        self.eval_examples = _examples(eval_dataset) if eval_dataset is not None else None
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"heldout": eval_dataset}
+        self.eval_sets = {name: _examples(rows) for name, rows in sets.items() if rows is not None}
+        self.eval_examples = self.eval_sets.pop("heldout", None)
         super().__init__(
             model=policy,
             args=args,
             train_dataset=self.train_examples,
-            eval_dataset=self.eval_examples,
+            eval_dataset=self.eval_examples or next(iter(self.eval_sets.values()), None),
             processing_class=processor,
             callbacks=[*tracking_callbacks(args), self._stop, *(callbacks or [])],
             optimizers=optimizers,
@@ -93,6 +93,8 @@ class GRPOTrainer(GRPOResume):
         )
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if args.grounding_every:
+            self.add_callback(GroundingEvery(self, args.grounding_every))
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         first_prompt = prompt_text(processor, self.train_examples[0], args.chat_template_kwargs)
@@ -230,7 +232,7 @@ class GRPOTrainer(GRPOResume):
                 self.accelerator.unwrap_model(self.model),
                 self.processing_class,
                 self.args,
-                [*self.train_examples, *(self.eval_examples or [])],
+                [*self.train_examples, *(self.eval_examples or []), *itertools.chain(*self.eval_sets.values())],
             )
         return self._engine
 
@@ -306,40 +308,6 @@ class GRPOTrainer(GRPOResume):
                 logprobs, _ = score(model, inputs)
                 found += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]
         return found
-
-    # ---- held-out rows ----------------------------------------------------------------------------------------------
-
-    def heldout_answers(self, *, blank: bool = False) -> list[Answered]:
-        """The held-out rows answered greedily with the present weights; `blank` empties their pictures."""
-        self._sync_engine()
-        answered: list[Answered] = []
-        examples = self.eval_examples or []
-        for start in range(0, len(examples), _HELDOUT_CHUNK):
-            rows = [blanked(e) if blank else e for e in examples[start : start + _HELDOUT_CHUNK]]
-            answered += answer_greedily(
-                self.engine,
-                self._encode(rows),
-                max_tokens=self.args.max_completion_length,
-                answer_kind=self.args.answer_kind,
-                timeout_s=self.args.reward_timeout_s,
-            )
-        return answered
-
-    def heldout_accuracy(self, *, blank: bool = False) -> Accuracy:
-        """Accuracy on the held-out rows with its 95 % interval."""
-        return accuracy(self.heldout_answers(blank=blank))
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """`eval_accuracy` with its interval and `eval_mean_length`, logged; called by `eval_strategy` too."""
-        answered = self.heldout_answers()
-        share = accuracy(answered)
-        lengths = [len(row.completion.token_ids) for row in answered]
-        values = {**asdict(share), "mean_length": sum(lengths) / len(lengths)}
-        values["accuracy"] = values.pop("value")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        super().log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     # ---- what transformers.Trainer asks for -------------------------------------------------------------------------
 

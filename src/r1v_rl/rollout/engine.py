@@ -1,5 +1,6 @@
 """What a rollout engine is: something that samples completions of prompts, with weights it is given."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,16 +15,32 @@ class Sampling:
     """How completions are drawn."""
 
     num_generations: int
-    max_tokens: int
+    max_tokens: int | Sequence[int]
+    """One for all prompts, or one for each."""
     temperature: float = 1.0
     """0 takes the most likely token; `num_generations` must be 1 then."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""
     min_p: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | Sequence[float] = 1.0
+    """One for all prompts, or one for each; logits of tokens of the prompt and of the completion so far are divided by
+    it where they are positive, and multiplied where they are not."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The recipe's `generation_kwargs`, in the engine's own names."""
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest limit."""
+        return max(self.max_tokens) if isinstance(self.max_tokens, Sequence) else self.max_tokens
+
+    def limits(self, num_prompts: int) -> list[tuple[int, float]]:
+        """(most tokens, repetition penalty) of each prompt."""
+        tokens, penalties = self.max_tokens, self.repetition_penalty
+        tokens = tokens if isinstance(tokens, Sequence) else [tokens] * num_prompts
+        penalties = penalties if isinstance(penalties, Sequence) else [penalties] * num_prompts
+        assert len(tokens) == len(penalties) == num_prompts
+        return list(zip(tokens, penalties, strict=True))
 
 
 @runtime_checkable
@@ -36,4 +53,19 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """`num_generations` completions for each prompt, in order; the same seed and weights give the same ones."""
+        ...
+
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """For each prompt the log-probability, at temperature 1, of every token of a text that follows it."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """One that can also hand out an answer while it is written."""
+
+    def stream(
+        self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]
+    ) -> Completion:
+        """One completion; `on_text` receives its text piece by piece, without special tokens."""
         ...

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from transformers import AutoConfig
 
 from r1v_rl.data.chat import load_processor
 
@@ -42,6 +43,12 @@ def end_token_ids(named: int | list[int] | None, tokenizer: Any) -> list[int]:
     """Tokens that end a completion: those that the model names and the tokenizer's own."""
     ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
     return sorted({i for i in ids if i is not None})
+
+
+def saved_dtype(model: str) -> str:
+    """That of the weights in a model folder (or of a hub id); vLLM's `auto` would halve float32."""
+    config = AutoConfig.from_pretrained(model)
+    return str(config.dtype or config.get_text_config().dtype or "float32").removeprefix("torch.")
 
 
 def _same_images(processor: Any, other: Any) -> bool:

@@ -3,7 +3,7 @@
 import os
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy
@@ -101,37 +101,70 @@ class VllmEngine:
         requests = [self._request(prompt) for prompt in prompts]
         with _random_states_kept():
             torch.manual_seed(seed)  # seeds of single requests break chunked prefills on a CPU, and are slower
-            outputs = self._llm.generate(requests, self._parameters(sampling), use_tqdm=False)
+            parameters = [self._parameters(sampling, *limits) for limits in sampling.limits(len(prompts))]
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
-            if list(output.prompt_token_ids) != prompt.prompt_ids:
-                raise UserError(
-                    f"row {prompt.example.id}: vLLM reads the prompt as {len(output.prompt_token_ids)} tokens, the "
-                    f"policy as {len(prompt.prompt_ids)}: the processor in the model folder differs from the one in use"
-                )
+            _check_prompt(prompt, output)
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
 
+    def stream(
+        self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]
+    ) -> Completion:
+        """One completion; `on_text` receives its text as vLLM detokenizes it."""
+        engine, shown, output = self._llm.llm_engine, 0, None
+        with _random_states_kept():
+            torch.manual_seed(seed)
+            request_id = engine.add_request(
+                "stream", self._request(prompt), self._parameters(sampling, *sampling.limits(1)[0], detokenize=True)
+            )
+            try:
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        text = output.outputs[0].text
+                        on_text(text[shown:])
+                        shown = len(text)
+            except BaseException:  # Ctrl-C too: what is left of the request would stay in the engine
+                engine.abort_request([request_id])
+                raise
+        assert output is not None
+        _check_prompt(prompt, output)
+        return self._completion(output.outputs[0])
+
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        """vLLM's log-probabilities of prompts, of which the texts are the end."""
+        from vllm import SamplingParams
+
+        requests = [self._request(prompt, ids) for prompt, ids in zip(prompts, texts, strict=True)]
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        with _random_states_kept():
+            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        return [
+            [position[token].logprob for position, token in zip(output.prompt_logprobs[-len(ids) :], ids, strict=True)]
+            for output, ids in zip(outputs, texts, strict=True)
+        ]
+
     @staticmethod
-    def _request(prompt: EncodedPrompt) -> dict:
-        request: dict = {"prompt_token_ids": prompt.text_ids}
+    def _request(prompt: EncodedPrompt, text: Sequence[int] = ()) -> dict:
+        request: dict = {"prompt_token_ids": [*prompt.text_ids, *text]}
         if prompt.images:
             request["multi_modal_data"] = {"image": prompt.images}
         return request
 
-    def _parameters(self, sampling: Sampling):
+    def _parameters(self, sampling: Sampling, max_tokens: int, repetition_penalty: float, *, detokenize: bool = False):
         from vllm import SamplingParams
 
         return SamplingParams(
             **{
                 "n": sampling.num_generations,
-                "max_tokens": sampling.max_tokens,
+                "max_tokens": max_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "min_p": sampling.min_p or 0.0,
-                "repetition_penalty": sampling.repetition_penalty,
+                "repetition_penalty": repetition_penalty,
                 "logprobs": 0,
                 "flat_logprobs": True,
-                "detokenize": False,  # token by token it costs more than the tiny model itself
+                "detokenize": detokenize,  # token by token it costs more than the tiny model itself
                 "logit_bias": dict.fromkeys(self._banned, _BAN) or None,
                 **sampling.extra,
             }
@@ -144,6 +177,14 @@ class VllmEngine:
             logprobs=list(sample.logprobs.logprobs),
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             is_truncated=not token_ids or token_ids[-1] not in self._eos,
+        )
+
+
+def _check_prompt(prompt: EncodedPrompt, output) -> None:
+    if list(output.prompt_token_ids) != prompt.prompt_ids:
+        raise UserError(
+            f"row {prompt.example.id}: vLLM reads the prompt as {len(output.prompt_token_ids)} tokens, the policy as "
+            f"{len(prompt.prompt_ids)}: the processor in the model folder differs from the one in use"
         )
 
 

@@ -53,6 +53,10 @@ _SAME_COMMAND = re.compile(r"\\(?:displaystyle|left|right|!)(?![A-Za-z])|\\(?:d|
 _TEXT_WRAP = re.compile(r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s?\{([^{}]*)\}")
 _INLINE = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _GLUE = re.compile(r"(?<![0-9A-Za-z}]) +| +(?![0-9A-Za-z\\{])")
+_AROUND_BRACES = re.compile(r"(?<=[A-Za-z]) +(?=\{)|(?<=\}) +|(?<=\{) +| +(?=\})")
+_NUMBERS = re.compile(r"\s*(\\\{|[(\[]|)([^(){}\[\]]{1,400},[^(){}\[\]]{1,400}?)(\\\}|[)\]]|)\s*")
+_THOUSANDS = re.compile(r"\d,\s?\d{3}(?!\d)|\\")
+"""`1,234` may be a number, and other commands are sympy's."""
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])[)\]*]*\s*(?:[.):]+\s*(.*))?", re.DOTALL)
 _LETTER_AND_TEXT = re.compile(r"(?:\((?=[A-Z]\))|(?=[B-HJ-Z]\s))([A-Z])\)?\s+(.+)|([A-Z])\s*(\(.+\))\.?", re.DOTALL)
 """`(B) red`, `B (red)` and `B red`; `A` and `I` without a mark may be words."""
@@ -130,15 +134,38 @@ def quick_verdict(answer: str, gold: str, kind: str = "math", choices: Sequence[
         return verdict(plain_text(answer) == plain_text(gold), answer)
     if re.fullmatch(r"[A-J]", plain_math(gold)):
         return verdict(_letter(answer, None) == plain_math(gold), answer)
-    gold_quantity, answer_quantity = read_quantity(plain_math(gold)), read_quantity(plain_math(answer))
-    if units_conflict(gold_quantity, answer_quantity):
-        return verdict(False, answer)
-    gold_number, answer_number = _number(gold_quantity.value), _number(answer_quantity.value)
-    if gold_number is not None and answer_number is not None:
-        return verdict(_same_quantity(gold_quantity, gold_number, answer_quantity, answer_number), answer)
+    same = _states_same(answer, gold)
+    if same is None:
+        same = _same_numbers(answer, gold)
+    if same is not None:
+        return verdict(same, answer)
     if len(answer) > MAX_ANSWER_CHARS:
         return verdict(False, answer, "unparsable")
     return None
+
+
+def _same_numbers(answer: str, gold: str) -> bool | None:
+    """Whether two lists of plain numbers in equal brackets are equal; None where one is anything else. Tuples and
+    intervals have an order, sets and lists without brackets have none."""
+    lists = []
+    for text in (gold, answer):
+        match = _NUMBERS.fullmatch(plain_math(text))
+        if match is None or _THOUSANDS.search(match[2]):
+            return None
+        numbers = [number for part in match[2].split(",") if (number := read_number(part.strip())) is not None]
+        if len(numbers) <= match[2].count(","):
+            return None
+        lists.append((match[1] + match[3], numbers))
+    (gold_brackets, golds), (answer_brackets, answers) = lists
+    if gold_brackets != answer_brackets:
+        return None
+    if gold_brackets in ("", r"\{\}"):
+        return _all_in(golds, answers) and _all_in(answers, golds)
+    return len(golds) == len(answers) and all(map(same_number, golds, answers))
+
+
+def _all_in(some: list[ExactNumber], others: list[ExactNumber]) -> bool:
+    return all(any(same_number(item, other) for other in others) for item in some)
 
 
 def plain_math(text: str) -> str:
@@ -161,7 +188,7 @@ def normalised(text: str) -> str:
 
     A space between two digits or letters stays, since 2 1/2 is not 21/2.
     """
-    return _GLUE.sub("", plain_math(text)).removesuffix(".")
+    return _AROUND_BRACES.sub("", _GLUE.sub("", plain_math(text))).removesuffix(".")
 
 
 def plain_text(text: str) -> str:
@@ -260,7 +287,8 @@ def _letter(text: str, choices: Sequence[str] | None) -> str | None:
             return None
         match = words
     letter, rest = (group or "" for group in (match.groups()[2:] if match[1] is None else match.groups()[:2]))
-    rest = rest.strip().removeprefix("(").removesuffix(")") if match[1] is None else rest.strip()
+    rest = rest.strip()
+    rest = rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
     if choices:
         index = ord(letter) - ord("A")
         return letter if index < len(choices) and (not rest or _same_option(rest, str(choices[index]))) else None
@@ -268,4 +296,17 @@ def _letter(text: str, choices: Sequence[str] | None) -> str | None:
 
 
 def _same_option(text: str, option: str) -> bool:
-    return plain_text(text) == plain_text(option) or normalised(text) == normalised(option)
+    if plain_text(text) == plain_text(option) or normalised(text) == normalised(option):
+        return True
+    return any(map(str.isdigit, text)) and _states_same(text, option) is True
+
+
+def _states_same(answer: str, gold: str) -> bool | None:
+    """Whether two plain numbers with their units are one quantity; None where one is no plain number."""
+    gold_quantity, answer_quantity = read_quantity(plain_math(gold)), read_quantity(plain_math(answer))
+    if units_conflict(gold_quantity, answer_quantity):
+        return False
+    gold_number, answer_number = _number(gold_quantity.value), _number(answer_quantity.value)
+    if gold_number is None or answer_number is None:
+        return None
+    return _same_quantity(gold_quantity, gold_number, answer_quantity, answer_number)

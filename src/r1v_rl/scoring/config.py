@@ -9,7 +9,7 @@ _DEFAULT = RewardSettings()
 
 @dataclass
 class NamedRewardConfig:
-    """Keys of `cosine`, `repetition_penalty`, `soft_overlong_punishment` (open-r1's names) and `judge`."""
+    """Keys of `cosine`, `repetition_penalty` and `soft_overlong_punishment` (open-r1's), `judge`, `reward_model`."""
 
     cosine_min_value_wrong: float = field(
         default=_DEFAULT.cosine_min_value_wrong, metadata={"help": "cosine: a wrong answer at length 0."}
@@ -53,4 +53,14 @@ class NamedRewardConfig:
     )
     judge_max_retries: int = field(
         default=_DEFAULT.judge_max_retries, metadata={"help": "judge: how often, with growing pauses."}
+    )
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "reward_model: folder or hub id of a sequence classification model with one output."},
+    )
+    reward_model_batch_size: int = field(
+        default=_DEFAULT.reward_model_batch_size, metadata={"help": "reward_model: completions it reads at once."}
+    )
+    reward_model_dtype: str = field(
+        default=_DEFAULT.reward_model_dtype, metadata={"help": "reward_model: float32, bfloat16 or float16."}
     )

@@ -1,7 +1,10 @@
 """Where the final answer stands in a completion. Every function is linear in the text, whatever that holds."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal, get_args
+
+from r1v_rl.scoring.prose import DOUBT, MARKED_LETTER, chosen_letter, named_option, stated_value
 
 AnswerKind = Literal["math", "number", "choice", "text"]
 ANSWER_KINDS: tuple[str, ...] = get_args(AnswerKind)
@@ -12,8 +15,7 @@ _STATED = re.compile(
     r"####|\b[Aa]nswer(?:\*\*)?(?:\s{1,3}is\b|\s?:)(?:\*\*)?|\bANSWER\s?:"
     r"|\u7b54\u6848\s?[\u662f\u4e3a:\uff1a]|\b(?:[Oo]ption|[Cc]hoice)(?:\s[Ll]etter)?(?:\s{1,3}is\b|\s?:)"
 )
-_BARE_LETTER = re.compile(r"\(?[A-Z]\b")
-_MARKED_LETTER = re.compile(r"[(\uff08]([A-Z])[)\uff09]")
+_NEXT_SENTENCE = re.compile(r"(?<![\sA-Z])[.!](?:\*\*)?\s+(?=[A-Z])|(?<=\u3002)")
 _MATH_MARK = re.compile(r"\\[\[\]()]|\\\$|\$\$|\$|\\\\")
 _CLOSING = {r"\[": r"\]", r"\(": r"\)", "$": "$", "$$": "$$"}
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -32,10 +34,6 @@ _CHAT_TOKEN = re.compile(
 _OPENING_WORD = re.compile(r"\s*(?:[^\W\d_]{3,}[ :]|[^\W\d_a-zA-Z])")
 """A sentence begins with a word, or with a letter of another script than Latin."""
 _NAME_AT_END = re.compile(r"(?<![\w+*/^()=\-])\s*([A-Za-z])\s*$")
-_DOUBT = re.compile(
-    r"\b(?:not|never|whether|if|maybe|perhaps|might|could|guess|either|between|n't)\b|\?", re.IGNORECASE
-)
-"""A sentence with one of these states nothing."""
 _VALUE = r"[-\u2212]?(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?(?:\s?/\s?\d++)?\s?%?"
 _VERBS = (
     r"\b(?:is|are|equals|equal to|est|sont|vaut|es|son|ist|sind)\b"
@@ -58,7 +56,7 @@ def answer_part(completion: str) -> str | None:
     return None if "<think>" in part else part
 
 
-def find_answer(completion: str, kind: str = "math") -> str | None:
+def find_answer(completion: str, kind: str = "math", choices: Sequence[str] | None = None) -> str | None:
     """The final answer as the completion states it, or None.
 
     Outside the reasoning, the first of these that is there: the last `\\boxed{}` or `\\fbox{}` with balanced braces,
@@ -80,6 +78,8 @@ def find_answer(completion: str, kind: str = "math") -> str | None:
     tagged = _last_tagged(part)
     if tagged is not None:
         return _out_of_sentence(_inside_delimiters(tagged), kind) or None
+    if kind == "choice":
+        return _choice(part, choices)
     stated = find_stated(part)
     if stated:
         return stated
@@ -88,14 +88,24 @@ def find_answer(completion: str, kind: str = "math") -> str | None:
         if value:
             return value
     if kind == "number":
-        return _only_number_of_last_line(part)
-    if kind == "choice":
-        return (
-            _bare(part, kind)
-            if _BARE_LETTER.match(part.strip())
-            else _only_letter_of_last_line(part) or _bare(part, kind)
-        )
+        return _only_number_of_last_line(part) or stated_value(part)
     return _bare(part, kind)
+
+
+def _choice(text: str, choices: Sequence[str] | None) -> str | None:
+    """A letter where one is chosen, the option that is named, or a value where the options are values."""
+    letter = chosen_letter(text, choices)
+    if letter:
+        return letter
+    stated = find_stated(text)
+    if stated:
+        return named_option(stated, choices) or stated
+    return (
+        named_option(text, choices)
+        or _only_letter_of_last_line(text)
+        or (last_formula(text) or stated_value(text) or _concluded(text) if _are_values(choices) else None)
+        or _bare(text, "choice")
+    )
 
 
 def last_boxes(text: str) -> str | None:
@@ -165,7 +175,7 @@ def last_formula(text: str) -> str | None:
 
 def _inside_delimiters(text: str) -> str:
     """`text` without math delimiters that enclose all of it, and without markdown stars and an ending full stop."""
-    text = text.strip().strip("*").strip()
+    text = text.strip().rstrip(".").strip("*").strip() if text.strip().startswith("*") else text.strip()
     for mark, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(mark) : -len(closing)]
         if len(text) > len(mark) + len(closing) - 1 and text.startswith(mark) and text.endswith(closing):
@@ -193,7 +203,7 @@ def find_stated(text: str) -> str | None:
     if last is None:
         return None
     line = text[last.end() :].lstrip().partition("\n")[0]
-    line = line.partition("I hope it is")[0].strip()
+    line = _NEXT_SENTENCE.split(line, maxsplit=1)[0].partition("I hope it is")[0].strip()
     line = line.rpartition(" is ")[2].lstrip(": ")
     return last_formula(line) or _inside_delimiters(line) or None
 
@@ -224,7 +234,7 @@ def _concluded(text: str) -> str | None:
     match = _CONCLUSION.search(line)
     if match is None or line.endswith((r"\)", r"\]")) or (line.rstrip(" .").endswith("$") and line.count("$") % 2 == 0):
         return None
-    if _DOUBT.search(re.split(r"[.!?\u3002]\s", line[: match.start()])[-1]):
+    if DOUBT.search(re.split(r"[.!?\u3002]\s", line[: match.start()])[-1]):
         return None
     if match["bold"]:
         return match["bold"]
@@ -235,14 +245,17 @@ def _concluded(text: str) -> str | None:
 
 
 def _only_number_of_last_line(text: str) -> str | None:
-    lines = text.split("\n")
-    last_line = next((line for line in reversed(lines) if line.strip()), "")
-    found = set() if _DOUBT.search(last_line) else {match[0] for match in _NUMBER.finditer(last_line)}
+    last_line = text.rstrip()[-_SENTENCE_CHARS:].rpartition("\n")[2]
+    found = set() if DOUBT.search(last_line) else {match[0] for match in _NUMBER.finditer(last_line)}
     return found.pop() if len(found) == 1 else None
 
 
+def _are_values(choices: Sequence[str] | None) -> bool:
+    return any(char.isdigit() for choice in choices or () for char in str(choice))
+
+
 def _only_letter_of_last_line(text: str) -> str | None:
-    found = set(_MARKED_LETTER.findall(text.rstrip().rpartition("\n")[2]))
+    found = set(MARKED_LETTER.findall(text.rstrip().rpartition("\n")[2]))
     return found.pop() if len(found) == 1 else None
 
 

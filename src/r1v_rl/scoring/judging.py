@@ -5,6 +5,8 @@ Texts are templates: `{question}`, `{answer}` (the gold one), `{response}` are r
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.scoring.extraction import last_box
@@ -82,10 +84,17 @@ _FENCE = re.compile(r"\A\s*```(?:json)?\s*(.*?)\s*```\s*\Z", re.DOTALL)
 _MAX_REPLY_LINE = 200
 
 
-def fill(template: str, *, question: str, answer: str | None, response: str) -> str:
-    """The template with its three places filled, in one pass: what is filled in is not searched for places."""
-    values = {"{question}": question, "{answer}": str(answer), "{response}": response}
-    return re.sub(r"\{(?:question|answer|response)\}", lambda place: values[place[0]], template)
+def fill(
+    template: str, *, question: str, answer: str | None, response: str, columns: Mapping[str, Any] | None = None
+) -> str:
+    """The template with its places filled, in one pass: what is filled in is not searched for places.
+
+    Args:
+        columns: Of the row: `{name}` is replaced by the text or number in it, where it has one of this name.
+    """
+    own = {"question": question, "answer": str(answer), "response": response}
+    values = {name: value for name, value in (columns or {}).items() if isinstance(value, str | int | float)} | own
+    return re.sub(r"\{(\w+)\}", lambda place: str(values.get(place[1], place[0])), template)
 
 
 def check_template(key: str, template: str, places: tuple[str, ...]) -> None:

@@ -63,6 +63,8 @@ class RewardFunction:
         self, *, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
     ) -> list[float | None]:
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        if not self._is_built_in:
+            arguments.pop("images", None)  # to copy the pictures of every completion costs more than most rewards
         if self._is_built_in or not self._skips_failures:
             rewards, problems = self.judge(**arguments)
             if problems:
@@ -215,8 +217,8 @@ def _load(name: str | Callable[..., Any], settings: RewardSettings) -> RewardFun
         return RewardFunction(label, process, source=process.source, **limits)
     if hasattr(name, "forward"):
         raise RewardError(
-            f"reward_funcs: a reward model is not supported; received {type(name).__name__}: give a function that "
-            "calls it"
+            f"reward_funcs: a model itself cannot be handed over; received {type(name).__name__}: write `reward_model` "
+            "there, and its folder under the key reward_model"
         )
     if not callable(name):
         raise RewardError(f"reward_funcs must hold names and functions; received {type(name).__name__} {name!r:.60}")

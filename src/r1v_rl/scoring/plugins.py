@@ -180,5 +180,5 @@ def _unknown(name: str) -> str:
     return (
         f"reward_funcs: {name!r} must be one of {', '.join(sorted(BUILT_IN))}, the dotted path of a function in an "
         "installed "
-        f"module, or path/file.py:function{hint}; a reward model is not supported"
+        f"module, or path/file.py:function{hint}; a reward model is the name reward_model with the key reward_model"
     )

@@ -56,6 +56,9 @@ class RewardSettings:
     judge_kwargs: dict | str | None = None
     judge_timeout_s: float = 60.0
     judge_max_retries: int = 5
+    reward_model: str | None = None
+    reward_model_batch_size: int = 8
+    reward_model_dtype: str = "float32"
     output_dir: str | None = None
     """Where the judge's replies are kept."""
     prompt_opens_think: bool | None = None
@@ -202,6 +205,7 @@ BUILT_IN: dict[str, Callable[[RewardSettings], Reward]] = {
         )
     },
     "judge": _later("verifier", "judge"),
+    "reward_model": _later("reward_model", "reward_model"),
 }
 
 

@@ -121,7 +121,7 @@ def judge_reward(settings: RewardSettings) -> Reward:
             if len(str(item.answer)) >= MAX_SHOWN_CHARS or is_master_key(str(item.answer)):
                 rewards[row] = 0.0
                 continue
-            text = _filled(None if prompts is None else prompts[row], golds[row], str(item.answer))
+            text = comparison(None if prompts is None else prompts[row], golds[row], str(item.answer))
             questions[row] = ChatQuestion(str(ids[row]), text)
         try:
             if questions and not stores:
@@ -144,7 +144,8 @@ def judge_reward(settings: RewardSettings) -> Reward:
     return judge
 
 
-def _filled(prompt: Any, gold: Any, answer: str) -> str:
+def comparison(prompt: Any, gold: Any, answer: str) -> str:
+    """What the judge is asked: whether two final answers to a prompt (text or messages) are the same."""
     question = "(not given)" if prompt is None else _question(prompt)
     return _PROMPT.format(question=question, gold=json.dumps(str(gold)), answer=json.dumps(answer, ensure_ascii=False))
 

@@ -361,7 +361,7 @@ def _key(completion: str, gold: Any, kind: str, choices: Sequence[str] | None) -
     except UserError:
         parse_gold("0", kind)  # an unknown kind is the caller's mistake, not the row's
         parsed_gold = None
-    answer = find_answer(completion, kind)
+    answer = find_answer(completion, kind, choices)
     if parsed_gold is None:
         return verdict(None, answer, "unparsable")
     if answer is None:

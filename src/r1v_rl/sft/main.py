@@ -21,7 +21,14 @@ from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import write_report
-from r1v_rl.training.launch import check_output_dir, check_processes, exit_code, resume_value, take_model_keys
+from r1v_rl.training.launch import (
+    check_output_dir,
+    check_processes,
+    exit_code,
+    resume_value,
+    say_contamination,
+    take_model_keys,
+)
 
 SFT_CONFIGS = (SFTConfig, DataConfig, HeldoutConfig, ModelConfig)
 ALIGN_CONFIGS = (AlignConfig, DataConfig, HeldoutConfig, ModelConfig, PartsConfig)
@@ -89,11 +96,13 @@ def build_trainer(args: SFTConfig, data: DataConfig, heldout: HeldoutConfig, mod
     take_model_keys(args, model)
     processor = load_processor(model.model_name_or_path, data.max_image_tiles)
     train = load_configured_examples(data, answer_required=False, seed=args.seed)
+    tested = heldout_examples(heldout, data, args.seed, answer_required=False)
+    say_contamination(train, tested, data)
     trainer = SFTTrainer(
         model=str(model.model_name_or_path),
         args=args,
         train_dataset=train,
-        eval_dataset=heldout_examples(heldout, data, args.seed, answer_required=False) or None,
+        eval_dataset=tested or None,
         processing_class=processor,
         peft_config=get_peft_config(model),
     )

@@ -60,6 +60,48 @@ def interval_chart(rows: Sequence[tuple[str, float, float | None, float | None]]
     return _svg(width, height, "".join(parts))
 
 
+def bar_chart(bars: Sequence[tuple[str, float]]) -> str:
+    """An SVG of one bar for each (label, value of 0 or more); nothing where there is none."""
+    if not bars:
+        return ""
+    ticks = nice_ticks(0.0, max(value for _, value in bars) or 1.0)
+    width, height = (_WIDTH - _LEFT - _RIGHT) / len(bars), _HEIGHT - _TOP - _BOTTOM
+    parts = [_grid_line(_HEIGHT - _BOTTOM - tick / ticks[-1] * height, tick) for tick in ticks]
+    for index, (label, value) in enumerate(bars):
+        x, tall = _LEFT + index * width, value / ticks[-1] * height
+        parts.append(
+            f'<rect class="dot c0" x="{x + 0.1 * width:.1f}" y="{_HEIGHT - _BOTTOM - tall:.1f}" '
+            f'width="{0.8 * width:.1f}" height="{tall:.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
+        )
+        parts.append(
+            f'<text class="tick" x="{x + width / 2:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(label)}</text>'
+        )
+    return _svg(_WIDTH, _HEIGHT, "".join(parts))
+
+
+def scatter_chart(series: Mapping[str, Points]) -> str:
+    """An SVG of the points of each series, at most `_MAX_POINTS`, evenly chosen; nothing where there is none."""
+    drawn = {name: points[:: math.ceil(len(points) / _MAX_POINTS) or 1] for name, points in series.items()}
+    everything = [point for points in drawn.values() for point in points]
+    if not everything:
+        return ""
+    x_ticks, y_ticks = (nice_ticks(*_span([point[axis] for point in everything])) for axis in (0, 1))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (_WIDTH - _LEFT - _RIGHT)
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + across, _HEIGHT - _BOTTOM - up
+
+    parts = [_grid_line(place(x_ticks[0], tick)[1], tick) for tick in y_ticks]
+    for tick in x_ticks:
+        x = place(tick, y_ticks[0])[0]
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
+    for index, points in enumerate(drawn.values()):
+        places = (place(*point) for point in points)
+        parts += [f'<circle class="dot c{index % 6}" cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in places]
+    return _svg(_WIDTH, _HEIGHT, "".join(parts))
+
+
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) that cover low to high."""
     raw = (high - low) / count

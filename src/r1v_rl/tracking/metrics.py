@@ -63,7 +63,9 @@ def progress_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
                 cells += _reward_cells(values)
     else:
         numbers = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-        cells += [f"{key} {value}" for key, value in numbers.items() if key not in ("epoch", "total_flos")]
+        intervals = {key for key in numbers if key.startswith("grounding/") and key.endswith(("_low", "_high"))}
+        hidden = {"epoch", "total_flos", *intervals - {"grounding/gap_low", "grounding/gap_high"}}
+        cells += [f"{key} {value}" for key, value in numbers.items() if key not in hidden]
     return printable("  ".join(cells)).replace("\n", " ")
 
 

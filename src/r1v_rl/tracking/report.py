@@ -25,6 +25,9 @@ REPORT = "report.html"
 # Title, keys: TRL's names; the first key that a run logged is drawn, several keys of one list together.
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("reward",)),
+    ("Grounding gap: accuracy with its picture minus without", ("grounding/*/accuracy_gap",)),
+    ("Accuracy during training", ("eval_accuracy",)),
+    ("Entropy at openings of reflections", ("eval_critical_token_entropy",)),
     ("Reward parts", ("rewards/*/mean",)),
     ("Reward spread by group", ("reward_std",)),
     ("Groups without a signal", ("frac_reward_zero_std",)),
@@ -41,6 +44,7 @@ CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Seconds a step", ("step_time",)),
 )
 _MAX_OTHER_CURVES = 60
+_REWARD_RISE = 0.05  # less is the noise of the batches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,16 +78,18 @@ def write_report(output_dir: Path | str) -> Path:
         _header(output_dir, manifest, config),
         _tiles(summary, curves, steps),
         _accuracy(summary),
+        _grounding(curves),
         _curves(curves),
         samples_html(output_dir, steps),
         _values("Configuration", config),
         _values("Versions, hashes, seeds", {key: value for key, value in manifest.items() if key != "config"}),
     ]
-    replace_file(output_dir / REPORT, _page(output_dir.resolve().name, "".join(sections)).encode())
+    replace_file(output_dir / REPORT, html_page(output_dir.resolve().name, "".join(sections)).encode())
     return output_dir / REPORT
 
 
-def _page(title: str, body: str) -> str:
+def html_page(title: str, body: str) -> str:
+    """A whole page in the project's style; the body is HTML, its texts escaped."""
     template = files("r1v_rl.tracking").joinpath("page.html").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body=body)
 
@@ -131,6 +137,23 @@ def _accuracy(summary: dict) -> str:
     return (
         f"<h2>Held-out accuracy{escape(held_out)}{', with 95 % intervals' if rows[0][2] is not None else ''}</h2>"
         f'<div class="card wide">{interval_chart(rows)}</div>'
+    )
+
+
+def _grounding(curves: dict[str, list]) -> str:
+    """A warning where the reward rose and the grounding gap's last interval reaches down to where the gap began."""
+    gaps, lows, rewards = (curves.get(key) or [] for key in ("grounding/gap", "grounding/gap_low", "reward"))
+    if len(gaps) < 2 or not lows or not rewards:
+        return ""
+    first, last = _ends(rewards)
+    before, (_, after), (_, low) = gaps[0][1], gaps[-1], lows[-1]
+    if last - first <= _REWARD_RISE or low > before:
+        return ""
+    return (
+        '<div class="card wide"><h3>The reward rises without the grounding gap</h3>'
+        f"<p>Reward {number(first)} → {number(last)}; accuracy with the pictures minus without {100 * before:+.1f} → "
+        f"{100 * after:+.1f} points, at least {100 * low:+.1f}: nothing shows that what was learned comes from the "
+        "pictures.</p></div>"
     )
 
 
@@ -210,7 +233,7 @@ def _matching(pattern: str, curves: dict[str, list]) -> list[str]:
 
 def _short_name(key: str) -> str:
     parts = key.split("/")
-    return parts[1] if parts[0] == "rewards" and len(parts) == 3 else parts[-1]
+    return parts[1] if parts[0] in ("rewards", "grounding") and len(parts) == 3 else parts[-1]
 
 
 def _ends(points: list[tuple[float, float]]) -> tuple[float, float]:

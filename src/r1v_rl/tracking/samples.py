@@ -44,11 +44,12 @@ def _groups(output_dir: Path, step: int) -> dict[str, list[dict[str, Any]]]:
 def _sample(output_dir: Path, moments: list[tuple[int, list[dict[str, Any]]]]) -> str:
     first = moments[0][1][0]
     pictures = "".join(_picture(image_path(output_dir, identity)) for identity in first["image_hashes"] or [])
-    gold = "" if first["gold"] is None else f'<div><span class="chip">gold <b>{_text(first["gold"])}</b></span></div>'
+    gold = "" if first["gold"] is None else f'<div><span class="chip">gold <b>{escaped(first["gold"])}</b></span></div>'
     columns = "".join(_moment(step, rows) for step, rows in moments)
     return (
-        f'<div class="card sample"><div class="ask">{pictures}<div class="prompt"><h3>{_text(first["example_id"])}</h3>'
-        f'<pre>{_cut(first["prompt"])}</pre>{gold}</div></div><div class="pair">{columns}</div></div>'
+        f'<div class="card sample"><div class="ask">{pictures}<div class="prompt">'
+        f"<h3>{escaped(first['example_id'])}</h3>"
+        f'<pre>{shortened(first["prompt"])}</pre>{gold}</div></div><div class="pair">{columns}</div></div>'
     )
 
 
@@ -73,32 +74,39 @@ def _completion(row: dict[str, Any]) -> str:
     tone = "" if not advantage else " up" if advantage > 0 else " down"
     values = {key.removeprefix("rewards/"): row[key] for key in row if key.startswith("rewards/")}
     values |= {"reward": row["reward"], "advantage": advantage}
-    chips = [f'<span class="chip">{_text(name)} <b>{_number(value)}</b></span>' for name, value in values.items()]
+    chips = [f'<span class="chip">{escaped(name)} <b>{_number(value)}</b></span>' for name, value in values.items()]
     if row["answer"] is not None:
-        chips.insert(0, f'<span class="chip">answer <b>{_text(row["answer"][:60])}</b></span>')
+        chips.insert(0, f'<span class="chip">answer <b>{escaped(row["answer"][:60])}</b></span>')
     if row["is_truncated"]:
         chips.append('<span class="chip">cut by the limit</span>')
-    return f'<div class="completion{tone}">{"".join(chips)}<pre>{_cut(row["completion"])}</pre></div>'
+    return f'<div class="completion{tone}">{"".join(chips)}<pre>{shortened(row["completion"])}</pre></div>'
 
 
 def _picture(path: Path) -> str:
     """The image as a data URL, made small; nothing where it is missing or cannot be read."""
     try:
         with Image.open(path) as stored:
-            image = stored.convert("RGB")
+            return picture_tag(stored.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
+
+
+def picture_tag(image: Image.Image) -> str:
+    """The image as `<img>` with a data URL, made small."""
+    image = image.copy()
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
+    """Text for a page, secrets taken out."""
     return escape(str(redact(str(value))))
 
 
-def _cut(text: str) -> str:
+def shortened(text: str) -> str:
+    """The same, cut where it is long."""
     text = redact(text)
     return escape(text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]} … ({len(text)} characters)")
 

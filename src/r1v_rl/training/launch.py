@@ -1,6 +1,7 @@
 """What every training command does before its trainer starts: settings, processes, the folder of an earlier run."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed
@@ -8,8 +9,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from trl import ModelConfig, get_quantization_config
 
 from r1v_rl.checkpoints import checkpoint_folders
+from r1v_rl.config import DataConfig
+from r1v_rl.data.contamination import check_contamination
 from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.models.families import check_family
+from r1v_rl.types import Example
 
 DEFAULT_TRAINABLE = ("projector", "language_model")
 
@@ -54,6 +59,12 @@ def check_processes(trainer: Trainer) -> None:
             f"the launcher started {launched} process(es), accelerate sees {accelerated}, torch.distributed {joined}: "
             f"on CPUs launch with `--multi_gpu` and ACCELERATE_USE_CPU=true, or with torchrun and `use_cpu: true`"
         )
+
+
+def say_contamination(train: Sequence[Example], heldout: Sequence[Example], data: DataConfig) -> None:
+    """Say once, in the first process of a run, whether training rows are test rows; see `check_contamination`."""
+    if int(os.environ.get("RANK", "0")) == 0 and (tested := tested_rows(heldout, data)):
+        print(f"contamination: {check_contamination(train, tested, data.contamination_check)}", flush=True)
 
 
 def resume_value(args: TrainingArguments) -> str | bool | None:

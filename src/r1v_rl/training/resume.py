@@ -55,7 +55,9 @@ class ExactResume(Trainer):
         folder = checkpoints.temporary_path(target)
         self.save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
-            save_state(folder / f"rank-{self.accelerator.process_index}", self._exact_state())
+            prefix = self._state_prefix(folder)
+            prefix.parent.mkdir(exist_ok=True)
+            save_state(prefix, self._exact_state())
         if self.accelerator.is_main_process:
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(target.parent / f"checkpoint-{self.state.best_global_step}")
@@ -64,7 +66,8 @@ class ExactResume(Trainer):
         if self.accelerator.is_main_process:
             meta = {"step": self.state.global_step, "weights": self._weight_hash(), "run": self._fingerprint()}
             checkpoints.commit(folder, target, meta)
-            checkpoints.prune(target.parent, self.args.save_total_limit)
+            best = self.state.best_model_checkpoint
+            checkpoints.prune(target.parent, self.args.save_total_limit, also=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -93,6 +96,8 @@ class ExactResume(Trainer):
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
             if self._is_finished(resume_from_checkpoint):
                 self._load_from_checkpoint(resume_from_checkpoint)
+                if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                    self._load_best_model()
                 return TrainOutput(self.state.global_step, 0.0, {})
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -152,10 +157,15 @@ class ExactResume(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        prefix = Path(checkpoint) / f"rank-{self.accelerator.process_index}"
-        if not list(prefix.parent.glob(prefix.name + "*")):
+        prefix = self._state_prefix(Path(checkpoint))
+        if not prefix.parent.exists():
             raise CheckpointError(f"{checkpoint} holds weights only (`save_only_model`): it cannot be resumed")
         self._restore(load_state(prefix))
+
+    def _state_prefix(self, checkpoint: Path) -> Path:
+        """Where this process's state lies: below the model's folder, whose every safetensors file vLLM takes for
+        weights."""
+        return checkpoint / "state" / f"rank-{self.accelerator.process_index}"
 
     def _restore(self, state: dict) -> None:
         """Put back what `_exact_state` kept; the random states wait for the data loader to be in its place."""

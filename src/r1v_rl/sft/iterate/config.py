@@ -65,6 +65,10 @@ class IterateConfig:
     reward_timeout_s: float = field(
         default=_REWARDS.reward_timeout_s, metadata={"help": "Seconds after which judging one answer is given up."}
     )
+    distill_recipe: str | None = field(
+        default=None,
+        metadata={"help": "Recipe of `r1v-rl distill` that makes each round's chains; rows and model are the round's."},
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "File for `accelerate launch --config_file`, which then starts each round's training."},

@@ -19,6 +19,7 @@ import yaml
 from r1v_rl.checkpoints import checkpoint_folders, file_sha256
 from r1v_rl.config import dump_recipe, read_recipe
 from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.distill.main import distill
 from r1v_rl.durable import fault_point, replace_file
 from r1v_rl.errors import UserError
 from r1v_rl.scoring.judging import MAX_SCORE
@@ -28,6 +29,7 @@ from r1v_rl.sft.iterate.answering import answer_rows, missing_parts, read_parts
 from r1v_rl.sft.iterate.chains import give_chains, give_scores, judged_rows
 from r1v_rl.sft.iterate.children import in_child, run_command
 from r1v_rl.sft.iterate.config import CONFIGS, IterateConfig, Recipe, build_recipe
+from r1v_rl.sft.iterate.distilled import distill_values, distilled_records
 from r1v_rl.sft.iterate.rounds import Round, check_columns, write_rows
 from r1v_rl.sft.iterate.selection import Decision, select, summarize, table
 from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
@@ -77,6 +79,11 @@ class Run:
     def replies(self) -> Path:
         return self.output_dir / REPLIES
 
+    def distill_values(self, round: Round, model: str) -> dict[str, Any]:
+        """The recipe that makes the round's chains."""
+        path = str(self.iterate.distill_recipe)
+        return distill_values(path, self.values, model=model, folder=round.distilled, replies=self.replies)
+
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 when every round is trained, 130 after Ctrl-C, 143 after SIGTERM; the same command goes on."""
@@ -121,6 +128,8 @@ def _prepare(values: dict[str, Any]) -> Run:
     output_dir = Path(values["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     run = Run(recipe, scorer, output_dir, examples, rows.hexdigest())
+    if run.iterate.distill_recipe is not None:
+        run.distill_values(run.rounds[0], str(values["model_name_or_path"]))
     _refuse_other_run(run)
     return run
 
@@ -133,6 +142,8 @@ def _refuse_other_run(run: Run) -> None:
     """
     parent = Path(str(run.values["model_name_or_path"]), RUN_MANIFEST)
     state = {"data_hash": run.data_hash, "model": file_sha256(parent) if parent.exists() else None}
+    if run.iterate.distill_recipe is not None:
+        state["distill_recipe"] = file_sha256(run.iterate.distill_recipe)
     now = yaml.safe_load(dump_recipe(redact(run.values)))
     path = run.output_dir / STATE
     if path.exists():
@@ -163,11 +174,16 @@ def _select(run: Run, round: Round, model: str) -> None:
     if (summary := round.summary()) is None:
         started = time.perf_counter()
         num_rows, size, tau = len(run.examples), run.iterate.generation_batch_size, run.iterate.taus[round.number - 1]
-        if missing_parts(round.parts, num_rows, size):
-            in_child(answer_rows, run.values, model, round.number, round.parts, run.replies)
-        records = read_parts(round.parts, num_rows, size)
+        if run.iterate.distill_recipe is not None:
+            in_child(distill, run.distill_values(round, model))
+            records = distilled_records(round.distilled, run.examples)
+        else:
+            if missing_parts(round.parts, num_rows, size):
+                in_child(answer_rows, run.values, model, round.number, round.parts, run.replies)
+            records = read_parts(round.parts, num_rows, size)
         with ReplyStore(run.replies) as store:
-            give_chains(run.examples, records, run.recipe, store)
+            if run.iterate.distill_recipe is None:
+                give_chains(run.examples, records, run.recipe, store)
             give_scores(run.examples, records, run.scorer, store)
         rows = judged_rows(records)
         decisions = select(rows, tau)

@@ -1,6 +1,5 @@
 """The files of a round: answers, selection, training recipe, model; each is complete or absent."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,23 +8,22 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from r1v_rl.config import dump_recipe
-from r1v_rl.data.images import load_image
-from r1v_rl.data.rows import IMAGE_COLUMNS, PROMPT_COLUMNS
+from r1v_rl.data.export import example_schema, image_root, write_parquet
 from r1v_rl.durable import replace_file, replacing
-from r1v_rl.errors import UserError
 from r1v_rl.sft.iterate.config import training_values
 from r1v_rl.sft.iterate.selection import Decision
 from r1v_rl.tracking.manifest import RUN_MANIFEST
-from r1v_rl.types import Example, ImageSource
+from r1v_rl.types import Example
 
-_WRITE_ROWS = 256
-_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_MESSAGES = pa.list_(
-    pa.struct([("role", pa.string()), ("content", pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())])))])
-)
+_ADDED = {
+    "completion": pa.string(),
+    "reason": pa.string(),
+    "score": pa.int64(),
+    "chain_source": pa.string(),
+}
+"""What a round adds to the columns of the dataset."""
 _ANSWERS = pa.schema(
     [
         ("id", pa.string()),
@@ -62,6 +60,11 @@ class Round:
     def parts(self) -> Path:
         """Answers as they come, part by part."""
         return self.folder / "parts"
+
+    @property
+    def distilled(self) -> Path:
+        """What `distill` leaves, where it makes the round's chains."""
+        return self.folder / "distill"
 
     @property
     def answers(self) -> Path:
@@ -125,26 +128,20 @@ class Round:
 
 
 def write_rows(path: Path, rows: Sequence[tuple[Example, Mapping[str, Any], Decision]]) -> None:
-    """A parquet file that `load_examples` reads: id, messages, images, answer, completion, reason, score, chain_source,
-    and every other column of the dataset. Pictures that have a path stay where they are, others are embedded."""
-    schema = _schema([example for example, _, _ in rows])
-    with replacing(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-        for start in range(0, len(rows), _WRITE_ROWS):
-            block = [_row(*row, schema.names) for row in rows[start : start + _WRITE_ROWS]]
-            writer.write_table(pa.Table.from_pylist(block, schema=schema))
-        if not rows:
-            writer.write_table(schema.empty_table())
-
-
-def image_root(values: Mapping[str, Any]) -> str | None:
-    """`dataset_root` for what `write_rows` wrote: where the dataset's image paths start."""
-    name = values.get("dataset_name")
-    if values.get("dataset_root"):
-        return str(Path(values["dataset_root"]).resolve())
-    path = Path(name) if name else None
-    if path is None or not path.exists():
-        return None
-    return str((path if path.is_dir() else path.parent).resolve())
+    """A parquet file that `load_examples` reads: the dataset's columns, completion, reason, score and chain_source."""
+    added = [
+        (
+            example,
+            {
+                "completion": record["chain"],
+                "reason": decision.reason,
+                "score": record["score"],
+                "chain_source": record["source"],
+            },
+        )
+        for example, record, decision in rows
+    ]
+    write_parquet(path, added, _ADDED)
 
 
 def check_columns(examples: Sequence[Example]) -> None:
@@ -153,54 +150,4 @@ def check_columns(examples: Sequence[Example]) -> None:
     Raises:
         UserError: Naming the column that it cannot hold.
     """
-    _schema(examples)
-
-
-def _schema(examples: Sequence[Example]) -> pa.Schema:
-    own: dict[str, pa.DataType] = {
-        "id": pa.string(),
-        "messages": _MESSAGES,
-        "images": pa.list_(_IMAGE),
-        "answer": pa.string(),
-        "completion": pa.string(),
-        "reason": pa.string(),
-        "score": pa.int64(),
-        "chain_source": pa.string(),
-    }
-    taken = {*own, *PROMPT_COLUMNS, *IMAGE_COLUMNS}  # a prompt column would be read before `messages`
-    names = dict.fromkeys(name for example in examples for name in example.columns if name not in taken)
-    columns = dict(own)
-    for name in names:
-        try:
-            columns[name] = pa.array([example.columns.get(name) for example in examples]).type
-        except pa.ArrowException as error:
-            raise UserError(
-                f"column `{name}` of the dataset mixes values that no parquet column holds ({error}); make them of one "
-                f"type, or take the column out"
-            ) from error
-    return pa.schema(list(columns.items()))
-
-
-def _row(example: Example, record: Mapping[str, Any], decision: Decision, names: Sequence[str]) -> dict[str, Any]:
-    return {
-        **{name: example.columns.get(name) for name in names},
-        "id": example.id,
-        "messages": example.messages,
-        "images": [_stored(image) for image in example.images],
-        "answer": example.answer,
-        "completion": record["chain"],
-        "reason": decision.reason,
-        "score": record["score"],
-        "chain_source": record["source"],
-    }
-
-
-def _stored(image: ImageSource) -> dict[str, Any]:
-    """As Hugging Face datasets stores an image."""
-    if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        load_image(image).save(buffer, format="PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-    return {"bytes": None, "path": str(Path(image).resolve())}
+    example_schema(examples, _ADDED)

@@ -1,0 +1,1 @@
+"""`r1v-rl chat`: questions about pictures, answered while one watches."""

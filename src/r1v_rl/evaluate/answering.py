@@ -1,0 +1,239 @@
+"""Sets of rows -> every answer with its verdict, chunk by chunk into a file that only grows; what is in it stays."""
+
+import copy
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from r1v_rl.durable import fault_point
+from r1v_rl.errors import UserError
+from r1v_rl.evaluate.accuracy import Answered, judge_completions
+from r1v_rl.rollout.engine import RolloutEngine, Sampling
+from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
+from r1v_rl.types import Completion, Example
+
+Judge = Callable[[Sequence[Answered]], list[Answered]]
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows that are asked and measured together."""
+
+    name: str
+    examples: Sequence[Example]
+    sampling: Sampling
+    change: Callable[[Example], Example] | None = None
+    """What is done to a row before it is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How rows are asked and judged."""
+
+    processor: Any
+    answer_kind: str
+    timeout_s: float
+    seed: int
+    chunk_size: int
+    """Rows at once: what a killed run loses at most, twice."""
+    keep_pixels: bool
+    """Whether the engine takes processed pictures (transformers) or makes its own (vLLM)."""
+    judge: Judge | None = None
+
+
+class AnswerFile:
+    """One line of JSON an answer, in the order of the rows; None for a path keeps them in memory."""
+
+    def __init__(self, path: Path | None):
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if path is None:
+            return
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  (open as long as the run)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(
+                f"{path} is in use by another evaluation; wait for it, or name another `output_dir`"
+            ) from error
+
+    def close(self) -> None:
+        """Let other processes have the file."""
+        if self._path is not None:
+            self._file.close()
+
+    def take_over(self, chunks: Sequence["Chunk"]) -> int:
+        """Read what an earlier run left and cut the file behind its last whole chunk; returns how many there are.
+
+        Raises:
+            UserError: If the file holds answers to other rows.
+        """
+        if self._path is None:
+            return 0
+        self._file.seek(0)
+        data = self._file.read()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        position, whole = 0, 0
+        for chunk in chunks:
+            part = [json.loads(line) for line in lines[position : position + len(chunk.keys)]]
+            if [(row["set"], row["id"], row["sample"]) for row in part] != chunk.keys[: len(part)]:
+                raise UserError(f"{self._path} holds answers to other rows; delete it, or set `resume: false`")
+            if len(part) < len(chunk.keys):
+                break
+            position, whole = position + len(part), whole + 1
+            self.rows += part
+        self._file.truncate(sum(map(len, lines[:position])))
+        os.fsync(self._file.fileno())
+        return whole
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """They are on the disk when this returns."""
+        self.rows += rows
+        if self._path is None:
+            return
+        data = answer_lines(rows)
+        fault_point("answers_write")
+        for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
+            while piece:
+                piece = piece[self._file.write(piece) or 0 :]
+            fault_point("answers_write")
+        os.fsync(self._file.fileno())
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one set that are answered together: the unit that is stored whole or not at all."""
+
+    rows: RowSet
+    start: int
+    stop: int
+
+    @property
+    def keys(self) -> list[tuple[str, str, int]]:
+        """(set, row id, sample) of every answer, in order."""
+        examples = [self.rows.examples[i] for i in range(self.start, self.stop)]
+        return [
+            (self.rows.name, e.id, sample) for e in examples for sample in range(self.rows.sampling.num_generations)
+        ]
+
+
+def chunks_of(sets: Sequence[RowSet], size: int) -> list[Chunk]:
+    """The rows of every set, `size` at a time."""
+    return [
+        Chunk(rows, start, min(start + size, len(rows.examples)))
+        for rows in sets
+        for start in range(0, len(rows.examples), size)
+    ]
+
+
+def answer_sets(
+    sets: Sequence[RowSet], asking: Asking, answers: AnswerFile, start_engine: Callable[[], Any]
+) -> dict[str, float]:
+    """Answer and judge what `answers` does not hold yet; returns `seconds` of the engine and `tokens` that it wrote.
+
+    While the engine writes, the next chunk's pictures are read and the last one's answers judged.
+
+    Args:
+        start_engine: Context manager of the engine; not called where nothing is missing.
+    """
+    chunks = chunks_of(sets, asking.chunk_size)
+    done = answers.take_over(chunks)
+    spent = {"seconds": 0.0, "tokens": 0.0}
+    if done == len(chunks):
+        return spent
+    total = sum(chunk.stop - chunk.start for chunk in chunks)
+    with ExitStack() as stack:
+        engine = stack.enter_context(start_engine())
+        ahead, behind = (stack.enter_context(_worker()) for _ in range(2))
+        finished = sum(chunk.stop - chunk.start for chunk in chunks[:done])
+        bar = stack.enter_context(tqdm(total=total, initial=finished, desc="answering", disable=None, unit="row"))
+        asking = replace(asking, processor=copy.deepcopy(asking.processor))  # read ahead in another thread
+        encoded = ahead.submit(_encoded, asking, chunks[done])
+        judged: Future | None = None
+        for number in range(done, len(chunks)):
+            prompts = encoded.result()
+            if number + 1 < len(chunks):
+                encoded = ahead.submit(_encoded, asking, chunks[number + 1])
+            groups = _generate(engine, chunks[number], prompts, asking.seed, spent)
+            if judged is not None:
+                judged.result()
+            judged = behind.submit(_keep, asking, chunks[number], prompts, groups, answers, bar)
+        assert judged is not None
+        judged.result()
+    return spent
+
+
+def _generate(
+    engine: RolloutEngine, chunk: Chunk, prompts: list[EncodedPrompt], seed: int, spent: dict[str, float]
+) -> list[list[Completion]]:
+    started = time.perf_counter()
+    groups = engine.generate(prompts, chunk.rows.sampling, seed=seed + chunk.start)
+    spent["seconds"] += time.perf_counter() - started
+    spent["tokens"] += sum(len(completion.token_ids) for group in groups for completion in group)
+    return groups
+
+
+def _encoded(asking: Asking, chunk: Chunk) -> list[EncodedPrompt]:
+    examples = [chunk.rows.examples[i] for i in range(chunk.start, chunk.stop)]
+    change = chunk.rows.change
+    prompts = [
+        encode_prompt(asking.processor, change(example) if change else example, device="cpu") for example in examples
+    ]
+    return prompts if asking.keep_pixels else [replace(prompt, vision_inputs={}) for prompt in prompts]
+
+
+def _keep(
+    asking: Asking,
+    chunk: Chunk,
+    prompts: list[EncodedPrompt],
+    groups: list[list[Completion]],
+    answers: AnswerFile,
+    bar: tqdm,
+) -> None:
+    answered = judge_completions(prompts, groups, answer_kind=asking.answer_kind, timeout_s=asking.timeout_s)
+    if asking.judge is not None:
+        answered = asking.judge(answered)
+    samples = [sample for group in groups for sample in range(len(group))]
+    answers.append([_answer_row(chunk.rows.name, *pair) for pair in zip(answered, samples, strict=True)])
+    bar.update(chunk.stop - chunk.start)
+
+
+def _answer_row(name: str, row: Answered, sample: int) -> dict[str, Any]:
+    return {
+        "set": name,
+        "id": row.example.id,
+        "sample": sample,
+        "completion": row.completion.text,
+        "num_tokens": len(row.completion.token_ids),
+        "truncated": row.completion.is_truncated,
+        "answer": row.verdict.answer,
+        "gold": row.example.answer,
+        "correct": row.verdict.correct,
+        "reason": row.verdict.reason,
+        "judged_by": row.judged_by,
+    }
+
+
+def answer_lines(answers: Sequence[dict]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers).encode()
+
+
+@contextmanager
+def _worker() -> Iterator[ThreadPoolExecutor]:
+    """One thread, whose waiting work is dropped where the run fails."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

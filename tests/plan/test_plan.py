@@ -1,0 +1,118 @@
+"""`r1v-rl plan`: sizes of the real model, FLOPs as torch counts them, and a plan that does not fit is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from random_vlm import picture, random_vlm, save_random_vlm
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from r1v_rl import cli
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.plan.needs import Setting, Work, flops_of, memory_of
+from r1v_rl.plan.shape import Shape
+from r1v_rl.plan.work import grpo_work, sft_work
+from r1v_rl.sft.config import SFTConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random_vlm(tmp_path_factory.mktemp("vlm"))
+
+
+@pytest.fixture(scope="module")
+def shape(folder):
+    return Shape.of(AutoConfig.from_pretrained(folder))
+
+
+def test_parameters_are_those_of_the_model(shape):
+    model, _ = random_vlm()
+    counted = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        counted[part_of(name)] += parameter.numel()
+    assert shape.parameters == counted
+
+
+def test_flops_are_those_that_torch_counts(shape):
+    """Forward of the language model and its head on text, and of the vision encoder, without their attention."""
+    model, processor = random_vlm()
+    model.set_attn_implementation("eager")
+    tokens = 40
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.randint(5, 60, (1, tokens)))
+    expected = shape.trunk_flops(tokens, seen=tokens**2) + shape.head_flops(tokens)  # eager attends to all pairs
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)  # norms are parameters, not products
+    inputs = processor.image_processor(images=[picture(0)], return_tensors="pt")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.vision_tower(pixel_values=inputs["pixel_values"])
+    assert counter.get_total_flops() == pytest.approx(shape.vision_flops(4), rel=0.35)  # attention, class token
+
+
+def test_memory_worked_by_hand():
+    sizes = {"vision_encoder": 10, "projector": 20, "language_model": 70}
+    shape = Shape(sizes, 0, layers=2, hidden=4, key_values=2, mlp=8, vocabulary=100, patches=4.0, vision_hidden=3)
+    work = Work(tokens=10, scored=5, seen=0, visual=0)
+    plain = memory_of(shape, work, Setting(("projector",), "float32", "float32", checkpointing=False))
+    layer = 8 * 4 + 2 * 2 + 4 * 8
+    assert plain == {
+        "weights": 400, "gradients": 80, "optimizer": 160,
+        "activations": (2 * layer + layer) * 4 * 10, "logits": 3 * 5 * 100 * 4,
+    }  # fmt: skip
+    sharded = Setting(("projector",), "bfloat16", "bfloat16", True, has_reference=True, zero_stage=2, num_processes=4)
+    spread = memory_of(shape, work, sharded)
+    assert (spread["weights"], spread["reference"], spread["gradients"], spread["optimizer"]) == (200, 200, 10, 20)
+    assert spread["activations"] == (2 * 4 + layer + layer) * 2 * 10
+
+
+def test_a_frozen_language_model_costs_one_backward_pass_less(shape):
+    work = Work(tokens=100, scored=10, seen=5000, visual=8)
+    frozen, trained = (
+        flops_of(shape, work, Setting(parts, "float32", "float32", False))
+        for parts in (("projector",), ("projector", "language_model"))
+    )
+    assert frozen["language model, backward"] == frozen["language model, forward"]
+    assert trained["language model, backward"] == 2 * trained["language model, forward"]
+
+
+def test_a_shared_prompt_is_counted_once_a_group(tmp_path):
+    settings = {"output_dir": str(tmp_path), "per_device_train_batch_size": 8, "num_generations": 4, "use_cpu": True}
+    shared, plain = (
+        grpo_work(GRPOConfig(**settings, share_prefix=share, bf16=False), prompt=100, visual=64, completion=10)
+        for share in (True, False)
+    )
+    assert (shared.tokens, plain.tokens) == (2 * 100 + 80, 8 * 110)
+    assert shared.visual == plain.visual == 2 * 64
+    assert shared.seen == 8 * 10 * 105 + 2 * 5000
+    cut = grpo_work(
+        GRPOConfig(**settings, max_tokens_per_forward=100, bf16=False), prompt=100, visual=64, completion=10
+    )
+    assert cut.passes == 3 and cut.tokens <= 100
+
+
+def test_packed_rows_are_full(tmp_path):
+    args = SFTConfig(
+        output_dir=str(tmp_path), packing=True, max_length=1000, per_device_train_batch_size=2, use_cpu=True, bf16=False
+    )
+    assert sft_work(args, sample=100, visual=64, target=20) == Work(2000, 400, 20 * 5000, 20 * 64)
+
+
+def test_the_command(folder, capsys, monkeypatch):
+    """What it prints for a recipe, and exit code 2 where a device is too small."""
+    monkeypatch.chdir(ROOT)
+    words = ["plan", "--config", "recipes/tiny/grpo.yaml", "--model_name_or_path", str(folder), "--dataset_size", "16"]
+    assert cli.main(words) == 0
+    output = capsys.readouterr().out
+    for name in ("weights", "gradients", "optimizer", "activations", "vLLM", "language model, backward"):
+        assert f"  {name}" in output
+    assert cli.main([*words, "--device_memory_gb", "0.0001"]) == 2
+    assert "vLLM holds" in capsys.readouterr().err
+    assert cli.main([*words, "--device_memory_gb", "0.01"]) == 2
+    assert "GB on each device. Lower" in capsys.readouterr().err
+    given = ["--prompt_tokens", "100", "--visual_tokens", "64"]
+    assert cli.main([*words[:3], "--model_name_or_path", "nowhere", *given]) == 2
+    assert "--model_config" in capsys.readouterr().err
+    assert cli.main([*words[:3], "--model_name_or_path", "nowhere", "--model_config", str(folder), *given]) == 0
