@@ -241,7 +241,7 @@ def test_seen_pictures_give_what_pixels_give(model, tmp_path):
 def features(limit: int) -> VisionFeatures:
     model, _ = random_vlm()
     tower = part_module(model, "vision_encoder").requires_grad_(False)
-    run_without_graph_where_frozen(tower)
+    run_without_graph_where_frozen(tower, model.config)
     return VisionFeatures(model, cache_bytes=limit)
 
 

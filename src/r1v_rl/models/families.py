@@ -86,11 +86,11 @@ def why_no_features(model: Any) -> str | None:
     return None
 
 
-def projector_input(config: Any, encoded: Any) -> Float[Tensor, "K tokens hidden"]:
-    """What the projector reads of the vision encoder's output; of a model for which `why_no_features` is None."""
+def projector_input(config: Any, encoder: Any, pixels: Tensor) -> Float[Tensor, "K tokens hidden"]:
+    """What the projector reads of K tiles; of a model for which `why_no_features` is None."""
     if config.model_type == "internvl" and config.vision_feature_layer == -1:
-        return encoded.last_hidden_state
-    return encoded.hidden_states[config.vision_feature_layer]
+        return encoder(pixel_values=pixels).last_hidden_state
+    return encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
 
 
 def as_encoder_output(config: Any, features: Float[Tensor, "K tokens hidden"]) -> BaseModelOutputWithPooling:

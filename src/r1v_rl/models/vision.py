@@ -72,5 +72,6 @@ def run_without_graph_where_frozen(tower: nn.Module, config: Any) -> None:
         return original_train(mode and trains())  # a layer in training mode is checkpointed before its forward runs
 
     original_train = tower.train
-    tower.forward, tower.train = types.MethodType(forward, tower), types.MethodType(train, tower)
+    tower.forward = types.MethodType(forward, tower)
+    tower.train = types.MethodType(train, tower)  # type: ignore[method-assign]
     tower.train(tower.training)

@@ -96,7 +96,7 @@ class VisionFeatures:
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         dtype = next(self._tower.parameters()).dtype
-        return projector_input(self._config, self._tower(pixels.to(dtype), output_hidden_states=True))
+        return projector_input(self._config, self._tower, pixels.to(dtype))
 
     def _keep(self, key: Hashable, features: Tensor) -> None:
         size = features.numel() * features.element_size()
