@@ -92,7 +92,8 @@ def test_what_it_leaves_is_a_data_set(undisturbed):
     assert examples[0].columns["completion"].endswith("</think>\n\\boxed{7}")
     assert examples[0].columns["distill"]["source"] == "own"
     card = (folder / "out/README.md").read_text()
-    assert card.startswith("---\n") and "18 of 20 rows" in card and "no right chain" not in card
+    assert card.startswith("---\n") and "18 of 20 rows" in card
+    assert "| 2 | no right chain, last revision: no think block" in card
     manifest = json.loads((folder / "out/manifest.json").read_text())
     assert manifest["stage"] == "distill" and manifest["metrics"]["kept_revised"] == 8
 

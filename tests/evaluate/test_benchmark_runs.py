@@ -80,7 +80,6 @@ def test_what_a_run_leaves(evaluate, tmp_path, capsys):
     assert set(found) >= {"pass@1", "pass@2", "pass@3", "majority", "groups", "mean_tokens"}
     assert found["num_problems"] == 2 and found["max_tokens"] == 4 and found["truncated_frac"] > 0
     table = (tmp_path / "run" / "evaluation.md").read_text()
-    assert table == (tmp_path / "run" / "evaluation.md").read_text()
     assert "| Skywork R1V 38B | 69.0 | 94.0 | 61.6 |" in table and "2 of 2000 problems" in table
     assert "the paper's 64000 are not reached" in table and "MATH-500" in capsys.readouterr().out
     page = (tmp_path / "run" / "evaluation.html").read_text()
@@ -149,10 +148,10 @@ def test_killed_at_ten_random_moments(evaluate, tmp_path, monkeypatch):
             finally:
                 os._exit(0)
         if attempt % 3 != 2 and kills < 10:
-            wanted = rng.randint(0, 5)
+            wanted = rng.randint(0, 3)
             while len(asked.read_text().split()) < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.1))
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert not set(asked.read_text().split()) & stored

@@ -29,7 +29,7 @@ def test_two_steps_of_every_stage(tmp_path):
     }  # fmt: skip
     words = []
     for stage, keys in few.items():
-        given = keys | ({"dataset_root": DATA} if stage != "compose" else {})
+        given = keys | ({"dataset_root": rows} if stage != "compose" else {})
         words += [word for key, value in given.items() for word in (f"--{stage}.{key}", str(value))]
     python("-m", "r1v_rl", "run", str(without_evaluation(tmp_path)), "--output_dir", str(tmp_path / "out"), *words)
     manifests = {s: manifest(tmp_path / "out" / s) for s in ("compose", "align", "sft", "iterate", "grpo")}

@@ -44,14 +44,6 @@ def test_logprobs_are_the_policys_after_every_update(trainer):
     assert max(differences(trainer)) <= 1e-4
 
 
-def test_qwen2_5_vl_with_a_tied_head(tmp_path):
-    """Three-axis positions, pictures of unlike size, and names on disk that do not tell the part."""
-    model = save_random_family(tmp_path / "model", "qwen2_5_vl", tie_word_embeddings=True)
-    trainer = make_trainer(model, tmp_path / "run", max_steps=3, **VLLM)
-    trainer.train()
-    assert len(differences(trainer)) == 3 and max(differences(trainer)) <= 1e-4
-
-
 def test_only_what_trains_is_sent_again(trainer, monkeypatch):
     """Projector and language model, whole."""
     sent = []
@@ -168,18 +160,6 @@ def _prompts(trainer):
     return [encode_prompt(trainer.processing_class, example, device="cpu") for example in examples]
 
 
-def test_the_engine_reads_pictures_with_the_trainers_processor(trainer, model, tmp_path):
-    """`max_image_tiles` changes the processor in memory, not the model's folder."""
-    limited = make_trainer(model, tmp_path, **VLLM)
-    limit_image_tiles(limited.processing_class, 1)
-    prompts = _prompts(limited)
-    assert [len(p.vision_inputs.get("pixel_values", ())) for p in prompts] == [1, 0, 2, 1]
-    files = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
-    groups = limited.engine.generate(prompts, Sampling(num_generations=1, max_tokens=2), seed=0)
-    assert len(groups) == 4
-    assert files == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}, "the model's folder is untouched"
-
-
 def test_streamed_text_is_that_of_the_completion(trainer):
     """The same tokens as without streaming, and nothing left in the engine by an answer that was stopped."""
     prompt, *_ = trainer._encode(trainer.train_examples[2:3])
@@ -197,3 +177,26 @@ def test_streamed_text_is_that_of_the_completion(trainer):
     with pytest.raises(KeyboardInterrupt):
         trainer.engine.stream(prompt, greedy, seed=0, on_text=stop)
     assert trainer.engine.stream(prompt, greedy, seed=0, on_text=lambda _: None) == wanted
+
+
+# A second engine in one process takes the first one's place: nothing that uses `trainer.engine` may follow.
+
+
+def test_the_engine_reads_pictures_with_the_trainers_processor(trainer, model, tmp_path):
+    """`max_image_tiles` changes the processor in memory, not the model's folder."""
+    limited = make_trainer(model, tmp_path, **VLLM)
+    limit_image_tiles(limited.processing_class, 1)
+    prompts = _prompts(limited)
+    assert [len(p.vision_inputs.get("pixel_values", ())) for p in prompts] == [1, 0, 2, 1]
+    files = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    groups = limited.engine.generate(prompts, Sampling(num_generations=1, max_tokens=2), seed=0)
+    assert len(groups) == 4
+    assert files == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}, "the model's folder is untouched"
+
+
+def test_qwen2_5_vl_with_a_tied_head(tmp_path):
+    """Three-axis positions, pictures of unlike size, and names on disk that do not tell the part."""
+    model = save_random_family(tmp_path / "model", "qwen2_5_vl", tie_word_embeddings=True)
+    trainer = make_trainer(model, tmp_path / "run", max_steps=3, **VLLM)
+    trainer.train()
+    assert len(differences(trainer)) == 3 and max(differences(trainer)) <= 1e-4

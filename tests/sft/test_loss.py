@@ -95,11 +95,11 @@ def test_attention_across_samples_would_be_seen(tmp_path, parts, monkeypatch):
     trainer, batches = batches_of(parts, tmp_path, packing=True)
     right = loss_and_gradients(trainer, batches)
 
-    def one_segment(layout, device=None):
-        return original(PackedLayout.of([layout.num_tokens]), device)
+    def one_segment(layout, *arguments):
+        return original(PackedLayout.of([layout.num_tokens]), *arguments)
 
-    def running_positions(layout, device=None):
-        return original(layout, device) | {"position_ids": torch.arange(layout.num_tokens)[None]}
+    def running_positions(layout, *arguments):
+        return original(layout, *arguments) | {"position_ids": torch.arange(layout.num_tokens)[None]}
 
     original = PackedLayout.forward_kwargs
     for planted in (one_segment, running_positions):

@@ -3,17 +3,23 @@
     python -m r1v_rl.data.small_rows data --out outputs/small/data
 
 `data` holds `nlvr/` (`dev.jsonl` with NLVR's scene records, `counting_dev.jsonl` with questions, `images/`) and
-`puzzlevqa/` (`dev.jsonl` with caption, explanation, deduction, `images/`). Image paths in the rows start at `data`.
+`puzzlevqa/` (`dev.jsonl` with caption, explanation, deduction, `images/`). A picture of NLVR shows three boxes side by
+side, four times as wide as high: each box becomes a picture of its own. All pictures are written below `--out`, where
+the rows' image paths start.
 """
 
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
 
 from r1v_rl.durable import replace_file
 from r1v_rl.errors import DataError
@@ -21,6 +27,10 @@ from r1v_rl.errors import DataError
 COLORS = {"#0099ff": "blue", "Yellow": "yellow", "Black": "black"}
 DESCRIBE = "Describe the picture."
 INSTRUCTION = "Think step by step inside <think> and </think>, then give the answer inside \\boxed{}."
+BOX, STEP = 100, 150
+"""Pixels: a box's side, and from one box's left edge to the next one's."""
+PICTURES = {"nlvr": 3, "puzzlevqa": 1}
+"""Pictures of a row."""
 HELDOUT_ONE_IN = 4
 """One picture of NLVR in four is held out, of captions too."""
 
@@ -28,7 +38,7 @@ Row = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes `align.jsonl`, `sft.jsonl`, `counting_train.jsonl` and `counting_heldout.jsonl`."""
+    """Writes `align.jsonl`, `sft.jsonl`, `counting_train.jsonl`, `counting_heldout.jsonl` and the pictures."""
     parser = argparse.ArgumentParser(
         prog="python -m r1v_rl.data.small_rows", description=(__doc__ or "").split("\n")[0]
     )
@@ -36,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/small/data"))
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    write_pictures(options.data, options.out)
     for name, rows in small_rows(options.data).items():
         replace_file(options.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         print(f"{options.out / name}.jsonl: {len(rows)} rows")
@@ -73,13 +84,37 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def write_pictures(data: Path, out: Path) -> None:
+    """NLVR's boxes and PuzzleVQA's pictures below `out`, by the names that the rows give."""
+    for row in tqdm(list(_read(data / "nlvr" / "dev.jsonl")), desc="NLVR's boxes", unit="picture"):
+        (image,) = row["images"]
+        with Image.open(data / "nlvr" / image) as picture:
+            for number, name in enumerate(_pictures("nlvr", image)):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                left = number * STEP
+                picture.convert("RGB").crop((left, 0, left + BOX, BOX)).save(out / name)
+    for row in _read(data / "puzzlevqa" / "dev.jsonl"):
+        for image in row["images"]:
+            (name,) = _pictures("puzzlevqa", image)
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(data / "puzzlevqa" / image, out / name)
+
+
+def _pictures(folder: str, image: str) -> list[str]:
+    """The files that one of the data set's pictures becomes."""
+    if PICTURES[folder] == 1:
+        return [f"{folder}/{image}"]
+    stem, _, suffix = image.rpartition(".")
+    return [f"{folder}/{stem}-box-{number}.{suffix}" for number in range(1, PICTURES[folder] + 1)]
+
+
 def scene_caption(boxes: Sequence[Sequence[Row]]) -> str:
     """What is in each of the three boxes, by colour and shape."""
     return " ".join(f"Box {number}: {_listed(box)}." for number, box in enumerate(boxes, start=1))
 
 
 def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]:
-    """(chain, count) of `black squares`, `circles`, `objects`, ...: box by box, then the sum."""
+    """(chain, count) of `black squares`, `circles`, `objects`, ...: what is in each box, then the sum."""
     words = wanted.split()
     colors = [word for word in words if word in COLORS.values()]
     shapes = [word.removesuffix("s") for word in words if word not in (*COLORS.values(), "objects")]
@@ -87,8 +122,7 @@ def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]
         sum((not colors or COLORS[o["color"]] in colors) and (not shapes or o["type"] in shapes) for o in box)
         for box in boxes
     ]
-    steps = " ".join(f"Box {number} has {count}." for number, count in enumerate(counts, start=1))
-    return f"Counting {wanted}. {steps} {' + '.join(map(str, counts))} = {sum(counts)}.", sum(counts)
+    return f"{scene_caption(boxes)} Counting {wanted}: {' + '.join(map(str, counts))} = {sum(counts)}.", sum(counts)
 
 
 def _counting_row(row: Row, scenes: Mapping[str, Row]) -> dict[str, Any]:
@@ -105,11 +139,14 @@ def _counting_row(row: Row, scenes: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def _row(row: Row, folder: str, problem: str, **columns: str) -> dict[str, Any]:
-    images = [f"{folder}/{image}" for image in row["images"]]
-    return {"id": row["id"], "problem": f"<image>\n{problem}", "images": images, **columns}
+    images = [name for image in row["images"] for name in _pictures(folder, image)]
+    marks = ["<image>"] if len(images) == 1 else [f"Box {i}: <image>" for i in range(1, len(images) + 1)]
+    return {"id": row["id"], "problem": "\n".join([*marks, problem]), "images": images, **columns}
 
 
 def _listed(box: Sequence[Row]) -> str:
+    if not box:
+        return "nothing"
     counts = Counter((COLORS[thing["color"]], thing["type"]) for thing in box)
     return ", ".join(f"{n} {color} {shape}{'s' if n > 1 else ''}" for (color, shape), n in sorted(counts.items()))
 
