@@ -77,6 +77,13 @@ def load_examples(
     return check_examples(source.rows[:num_rows], reader, name=dataset_name, keep=True)
 
 
+def as_examples(dataset: Sequence) -> Sequence[Example]:
+    """What a trainer is given: examples already, or rows to be read."""
+    if len(dataset) and isinstance(dataset[0], Example):
+        return dataset
+    return examples_from_rows(dataset, images_without_marks="prepend", answer_required=False)
+
+
 def load_configured_examples(
     config: DataConfig,
     *,

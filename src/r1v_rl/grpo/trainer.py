@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from r1v_rl.data.chat import prompt_text
-from r1v_rl.data.dataset import examples_from_rows
+from r1v_rl.data.dataset import as_examples
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, loss_mask, model_inputs, padded, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.evaluation import GroundingEvery, HeldoutEvaluation
@@ -32,7 +32,7 @@ from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.signals import StopOnSignal
-from r1v_rl.types import Example, RolloutGroup
+from r1v_rl.types import RolloutGroup
 
 
 class GRPOTrainer(HeldoutEvaluation):
@@ -68,9 +68,9 @@ class GRPOTrainer(HeldoutEvaluation):
         policy, self.ref_model, processor = prepare_models(model, processing_class, args, peft_config)
         self.share_prefix = shares_prefix(args, policy, self.ref_model)
         self._stop = StopOnSignal()
-        self.train_examples = _examples(train_dataset)
+        self.train_examples = as_examples(train_dataset)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"heldout": eval_dataset}
-        self.eval_sets = {name: _examples(rows) for name, rows in sets.items() if rows is not None}
+        self.eval_sets = {name: as_examples(rows) for name, rows in sets.items() if rows is not None}
         self.eval_examples = self.eval_sets.pop("heldout", None)
         super().__init__(
             model=policy,
@@ -327,9 +327,3 @@ class GRPOTrainer(HeldoutEvaluation):
 
     def _correctable(self, batch: GenerationBatch) -> list[Tensor] | None:
         return batch.sampler_logprobs if self.args.vllm_importance_sampling_correction else None
-
-
-def _examples(dataset: Dataset | Sequence) -> Sequence[Example]:
-    if len(dataset) and isinstance(dataset[0], Example):
-        return dataset
-    return examples_from_rows(dataset, images_without_marks="prepend", answer_required=False)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
 from r1v_rl.data.chat import load_processor
-from r1v_rl.data.dataset import examples_from_rows
+from r1v_rl.data.dataset import as_examples
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.models.families import token_positions, vision_inputs
 from r1v_rl.models.logprobs import Scored, add_logprob_head
@@ -28,7 +28,6 @@ from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.resume import ExactResume
 from r1v_rl.training.signals import StopOnSignal
-from r1v_rl.types import Example
 
 _NO_ROWS = Dataset.from_dict({"row": [0]})
 
@@ -113,7 +112,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     def _read(self, dataset: Dataset | Sequence) -> TargetRows:
         assert not isinstance(self.args.chat_template_kwargs, str)
         return TargetRows(
-            _examples(dataset),
+            as_examples(dataset),
             self.processing_class,
             max_length=self.args.max_length,
             filter_overlong=self.args.filter_overlong_rows,
@@ -301,9 +300,3 @@ def _kept_features(model: PreTrainedModel, args: SFTConfig) -> VisionFeatures | 
     if reason is not None:
         raise RecipeError(f"`vision_features: cache` cannot be: {reason}. Set `vision_features: recompute`.")
     return VisionFeatures(model, cache_bytes=args.vision_cache_memory_bytes)
-
-
-def _examples(dataset: Dataset | Sequence) -> Sequence[Example]:
-    if len(dataset) and isinstance(dataset[0], Example):
-        return dataset
-    return examples_from_rows(dataset, images_without_marks="prepend", answer_required=False)
