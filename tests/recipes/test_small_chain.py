@@ -22,7 +22,7 @@ def test_two_steps_of_every_stage(tmp_path):
         "compose": {},
         "align": {"dataset_name": rows / "align.jsonl", **shortened},
         "sft": {"dataset_name": rows / "sft.jsonl", **shortened},
-        "iterate": {"dataset_name": rows / "sft.jsonl", **shortened, "taus": 0, "learning_rates": 1e-5,
+        "iterate": {"dataset_name": rows / "counting_train.jsonl", **shortened, "taus": 0, "learning_rates": 1e-5,
                     "max_completion_length": 8, "num_resamples": 0},
         "grpo": {"dataset_name": rows / "counting_train.jsonl", "max_steps": 2, "num_generations": 4,
                  "per_device_train_batch_size": 8, "max_completion_length": 8, "warmup_steps": 0},

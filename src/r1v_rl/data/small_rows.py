@@ -5,11 +5,13 @@
 `data` holds `nlvr/` (`dev.jsonl` with NLVR's scene records, `counting_dev.jsonl` with questions, `images/`) and
 `puzzlevqa/` (`dev.jsonl` with caption, explanation, deduction, `images/`). A picture of NLVR shows three boxes side by
 side, four times as wide as high: each box becomes a picture of its own. All pictures are written below `--out`, where
-the rows' image paths start.
+the rows' image paths start. NLVR draws each scene six times, its boxes in another order each time: the last number of
+a picture's name counts the orders, and the scene's record has the first.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -27,10 +29,8 @@ from r1v_rl.errors import DataError
 COLORS = {"#0099ff": "blue", "Yellow": "yellow", "Black": "black"}
 DESCRIBE = "Describe the picture."
 INSTRUCTION = "Think step by step inside <think> and </think>, then give the answer inside \\boxed{}."
-BOX, STEP = 100, 150
-"""Pixels: a box's side, and from one box's left edge to the next one's."""
-PICTURES = {"nlvr": 3, "puzzlevqa": 1}
-"""Pictures of a row."""
+BOXES, BOX, STEP = 3, 100, 150
+"""Boxes of a picture; their side, and from one's left edge to the next one's, in pixels."""
 HELDOUT_ONE_IN = 4
 """One picture of NLVR in four is held out, of captions too."""
 
@@ -60,27 +60,25 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
         DataError: If a file is missing, or a counting question does not agree with the scene's record.
     """
     scenes = {_number(row): row for row in _read(data / "nlvr" / "dev.jsonl")}
-    counting = [_counting_row(row, scenes) for row in _read(data / "nlvr" / "counting_dev.jsonl")]
+    counting = list(_read(data / "nlvr" / "counting_dev.jsonl"))
     puzzles = list(_read(data / "puzzlevqa" / "dev.jsonl"))
-    captions = [
-        _row(row, "nlvr", DESCRIBE, completion=scene_caption(row["structured_rep"]))
-        for row in scenes.values()
-        if not _is_heldout(row)
-    ]
-    captions += [_row(row, "puzzlevqa", DESCRIBE, completion=row["caption"]) for row in puzzles]
-    train = [row for row in counting if not _is_heldout(row)]
+    train, heldout = [], []
+    for row in counting:
+        if (scene := scenes.get(_number(row))) is None:
+            raise DataError(f"row {row['id']}: nlvr/dev.jsonl has no scene of this number")
+        (heldout if _is_heldout(row) else train).append(_counting_row(row, scene))
+    captions = [row for scene in scenes.values() if not _is_heldout(scene) for row in _box_captions(scene)]
+    captions += [_row(row, _pictures(row), DESCRIBE, completion=row["caption"]) for row in puzzles]
     solved = [
-        _row(row, "puzzlevqa", f"{row['problem']} {INSTRUCTION}", answer=row["answer"])
+        _row(row, _pictures(row), f"{row['problem']} {INSTRUCTION}", answer=row["answer"])
         | {"completion": f"<think>{row['explanation']} {row['deduction']}</think>\n\\boxed{{{row['answer']}}}"}
         for row in puzzles
     ]
     return {
         "align": captions,
-        "sft": [*train, *solved],
-        "counting_train": [{key: value for key, value in row.items() if key != "completion"} for row in train],
-        "counting_heldout": [
-            {key: value for key, value in row.items() if key != "completion"} for row in counting if _is_heldout(row)
-        ],
+        "sft": [*captions, *train, *solved],
+        "counting_train": train,
+        "counting_heldout": heldout,
     }
 
 
@@ -89,23 +87,20 @@ def write_pictures(data: Path, out: Path) -> None:
     for row in tqdm(list(_read(data / "nlvr" / "dev.jsonl")), desc="NLVR's boxes", unit="picture"):
         (image,) = row["images"]
         with Image.open(data / "nlvr" / image) as picture:
-            for number, name in enumerate(_pictures("nlvr", image)):
+            for number, name in enumerate(_pictures(row)):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 left = number * STEP
                 picture.convert("RGB").crop((left, 0, left + BOX, BOX)).save(out / name)
     for row in _read(data / "puzzlevqa" / "dev.jsonl"):
-        for image in row["images"]:
-            (name,) = _pictures("puzzlevqa", image)
+        for image, name in zip(row["images"], _pictures(row), strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(data / "puzzlevqa" / image, out / name)
 
 
-def _pictures(folder: str, image: str) -> list[str]:
-    """The files that one of the data set's pictures becomes."""
-    if PICTURES[folder] == 1:
-        return [f"{folder}/{image}"]
-    stem, _, suffix = image.rpartition(".")
-    return [f"{folder}/{stem}-box-{number}.{suffix}" for number in range(1, PICTURES[folder] + 1)]
+def shown_boxes(row: Row) -> list[Sequence[Row]]:
+    """What is in the picture's boxes, from left to right; `dev-1572-0-5.png` has the last of the six orders."""
+    order = int(row["images"][0].rpartition("-")[2].removesuffix(".png"))
+    return [row["structured_rep"][box] for box in list(itertools.permutations(range(3)))[order]]
 
 
 def scene_caption(boxes: Sequence[Sequence[Row]]) -> str:
@@ -125,23 +120,35 @@ def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]
     return f"{scene_caption(boxes)} Counting {wanted}: {' + '.join(map(str, counts))} = {sum(counts)}.", sum(counts)
 
 
-def _counting_row(row: Row, scenes: Mapping[str, Row]) -> dict[str, Any]:
-    scene = scenes.get(_number(row))
-    if scene is None:
-        raise DataError(f"row {row['id']}: nlvr/dev.jsonl has no scene of this number")
+def _counting_row(row: Row, scene: Row) -> dict[str, Any]:
     wanted = row["problem"].removeprefix("How many ").split(" are in the image")[0]
-    chain, count = worked_count(scene["structured_rep"], wanted)
+    chain, count = worked_count(shown_boxes(scene), wanted)
     if str(count) != row["answer"]:
         raise DataError(f"row {row['id']}: the scene's record has {count} {wanted}, the answer says {row['answer']}")
-    return _row(row, "nlvr", f"{row['problem']} {INSTRUCTION}", answer=row["answer"]) | {
+    return _row(row, _pictures(row), f"{row['problem']} {INSTRUCTION}", answer=str(count)) | {
         "completion": f"<think>{chain}</think>\n\\boxed{{{count}}}"
     }
 
 
-def _row(row: Row, folder: str, problem: str, **columns: str) -> dict[str, Any]:
-    images = [name for image in row["images"] for name in _pictures(folder, image)]
-    marks = ["<image>"] if len(images) == 1 else [f"Box {i}: <image>" for i in range(1, len(images) + 1)]
-    return {"id": row["id"], "problem": "\n".join([*marks, problem]), "images": images, **columns}
+def _box_captions(scene: Row) -> list[dict[str, Any]]:
+    return [
+        _row({"id": f"{scene['id']}-box-{i}"}, [picture], DESCRIBE, completion=f"{_listed(box).capitalize()}.")
+        for i, (picture, box) in enumerate(zip(_pictures(scene), shown_boxes(scene), strict=True), start=1)
+    ]
+
+
+def _row(row: Row, pictures: Sequence[str], problem: str, **columns: str) -> dict[str, Any]:
+    marks = ["<image>"] if len(pictures) == 1 else [f"Box {i}: <image>" for i in range(1, len(pictures) + 1)]
+    return {"id": row["id"], "problem": "\n".join([*marks, problem]), "images": list(pictures), **columns}
+
+
+def _pictures(row: Row) -> list[str]:
+    """The files that the pictures of a data set's row become."""
+    if not row["id"].startswith("nlvr"):
+        return [f"puzzlevqa/{image}" for image in row["images"]]
+    (image,) = row["images"]
+    stem, _, suffix = image.rpartition(".")
+    return [f"nlvr/{stem}-box-{number}.{suffix}" for number in range(1, BOXES + 1)]
 
 
 def _listed(box: Sequence[Row]) -> str:

@@ -1,0 +1,69 @@
+"""Rows of `recipes/small`: what is said of a box is what its picture shows, and counts agree with it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from r1v_rl.data import small_rows
+from r1v_rl.errors import DataError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+INK = {"blue": (0, 153, 255), "yellow": (255, 255, 0), "black": (0, 0, 0)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    assert small_rows.main([str(ASSETS), "--out", str(folder)]) == 0
+    return folder
+
+
+def rows_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def colors_seen(picture: Path) -> set[str]:
+    """The colours of at least a dozen pixels: the smallest object has 10 pixels a side."""
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return {name for name, ink in INK.items() if (np.abs(pixels - ink).sum(-1) < 60).sum() > 12}
+
+
+def test_captions_name_the_colours_that_the_box_shows(written):
+    """NLVR draws a scene in six orders of its boxes, its record has the first: pictures of other orders are here."""
+    captions = [row for row in rows_of(written, "align") if row["images"][0].startswith("nlvr/")]
+    assert len(captions) >= 12
+    for row in captions:
+        (picture,) = row["images"]
+        assert colors_seen(written / picture) == {c for c in INK if c in row["completion"].lower()}, picture
+
+
+def test_chains_list_the_boxes_that_are_shown_and_their_sum_is_the_answer(written):
+    captions = {row["images"][0]: row["completion"].rstrip(".").lower() for row in rows_of(written, "align")}
+    counting = [row for row in rows_of(written, "sft") if row["images"][0].startswith("nlvr/")]
+    counting = [row for row in counting if "answer" in row]
+    assert counting
+    for row in counting:
+        boxes = [f"Box {i}: {captions[picture]}." for i, picture in enumerate(row["images"], start=1)]
+        assert row["completion"].startswith(f"<think>{' '.join(boxes)} Counting ")
+        terms, total = re.findall(r": ([\d +]+) = (\d+)\.</think>", row["completion"])[0]
+        assert str(sum(map(int, terms.split(" + ")))) == total == row["answer"]
+        assert row["completion"].endswith(f"\\boxed{{{total}}}")
+
+
+def test_no_stage_sees_a_picture_that_is_held_out(written):
+    held_out = {p for row in rows_of(written, "counting_heldout") for p in row["images"]}
+    seen = {p for name in ("align", "sft", "counting_train") for row in rows_of(written, name) for p in row["images"]}
+    assert held_out and not held_out & seen
+
+
+def test_a_question_without_its_scene_is_named(tmp_path):
+    shutil.copytree(ASSETS, tmp_path / "assets")
+    (tmp_path / "assets" / "nlvr" / "dev.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"row nlvr-count/dev-.*no scene of this number"):
+        small_rows.small_rows(tmp_path / "assets")
