@@ -67,3 +67,9 @@ def test_a_question_without_its_scene_is_named(tmp_path):
     (tmp_path / "assets" / "nlvr" / "dev.jsonl").write_text("")
     with pytest.raises(DataError, match=r"row nlvr-count/dev-.*no scene of this number"):
         small_rows.small_rows(tmp_path / "assets")
+
+
+def test_ids_are_unique_in_every_file(written):
+    for name in ("align", "sft", "counting_train", "counting_heldout"):
+        ids = [row["id"] for row in rows_of(written, name)]
+        assert len(ids) == len(set(ids)), name

@@ -68,7 +68,9 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
             raise DataError(f"row {row['id']}: nlvr/dev.jsonl has no scene of this number")
         (heldout if _is_heldout(row) else train).append(_counting_row(row, scene))
     captions = [row for scene in scenes.values() if not _is_heldout(scene) for row in _box_captions(scene)]
-    captions += [_row(row, _pictures(row), DESCRIBE, completion=row["caption"]) for row in puzzles]
+    captions += [
+        _row({"id": f"{row['id']}-caption"}, _pictures(row), DESCRIBE, completion=row["caption"]) for row in puzzles
+    ]
     solved = [
         _row(row, _pictures(row), f"{row['problem']} {INSTRUCTION}", answer=row["answer"])
         | {"completion": f"<think>{row['explanation']} {row['deduction']}</think>\n\\boxed{{{row['answer']}}}"}
