@@ -1,0 +1,156 @@
+"""GRPO runs of a random tiny model on two processes, under an engine of `recipes/accelerate/`, on recorded rollouts."""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from grpo.tiny_run import ROWS, SETTINGS, token_reward
+from peft import LoraConfig
+
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.trainer import GRPOTrainer
+from r1v_rl.types import Completion
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+_RUN = {
+    "max_steps": 20, "save_strategy": "no", "per_device_train_batch_size": 4, "use_cpu": False,
+    "adam_epsilon": 1e-4,  # a key's bias has no gradient but noise, which Adam would blow up to whole steps
+}  # fmt: skip
+
+
+class RecordedRollouts:
+    """Completions that follow from the row and the number of the rollout alone, whoever asks."""
+
+    def __init__(self, vocabulary: int):
+        self._vocabulary, self._rollouts = vocabulary, 0
+
+    def sync_weights(self, policy: Any) -> None:
+        pass
+
+    def generate(self, prompts: list, sampling: Any, *, seed: int) -> list[list[Completion]]:
+        self._rollouts += 1
+        return [[self._completion(p, i) for i in range(sampling.num_generations)] for p in prompts]
+
+    def token_logprobs(self, prompts: list, texts: list[list[int]]) -> list[list[float]]:
+        raise NotImplementedError
+
+    def _completion(self, prompt: Any, number: int) -> Completion:
+        row = int(prompt.example.id.removeprefix("row"))
+        generator = torch.Generator().manual_seed(1000 * self._rollouts + 10 * row + number)
+        length = int(torch.randint(1, 7, (), generator=generator))
+        ids = torch.randint(300, self._vocabulary, (length,), generator=generator).tolist()
+        return Completion(token_ids=ids, logprobs=[], text="", is_truncated=False)
+
+
+def make_trainer(engine: str | None, model: Path, output_dir: Path, changes: dict) -> GRPOTrainer:
+    """The trainer of one process; of all of them where `engine` is None: the batch is theirs together."""
+    torch.set_num_threads(1)
+    changes = {**_RUN, **changes}
+    lora, recorded = changes.pop("lora", None), changes.pop("recorded", True)
+    if lora is not None:
+        changes["trainable"] = None
+    if engine in (None, "ddp", "fsdp2"):
+        changes["use_cpu"] = True
+    else:
+        changes["ddp_backend"] = "gloo"
+    if engine is None:
+        changes["per_device_train_batch_size"] *= 2
+    args = GRPOConfig(**{**SETTINGS, "output_dir": str(output_dir), **changes})
+    if engine == "fsdp2":
+        _ask_for_fsdp(args)
+    return GRPOTrainer(
+        model=str(model),
+        reward_funcs=[token_reward],
+        args=args,
+        train_dataset=ROWS,
+        eval_dataset=[{**row, "answer": "3"} for row in ROWS[:5]],
+        peft_config=None if lora is None else LoraConfig(**LORA, **lora),
+        engine=RecordedRollouts(vocabulary=330) if recorded else None,
+    )
+
+
+def _ask_for_fsdp(args: GRPOConfig) -> None:
+    """On CPUs accelerate turns FSDP into DDP, unless it is told that the processes have GPUs."""
+    from accelerate import PartialState
+
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def two_processes(engine: str, function: Any, *arguments: Any, limit_s: float = 280) -> None:
+    """Run `function(engine, *arguments)` in both processes, in the environment that `accelerate launch` makes.
+
+    Raises:
+        AssertionError: If one of them fails, or waits for the other.
+    """
+    context = multiprocessing.get_context("forkserver")
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # the server looks for what it preloads there
+    context.set_forkserver_preload(["grpo.engine_run"])
+    environment = launch_environment(engine)
+    processes = [context.Process(target=_child, args=(rank, environment, limit_s, engine, function, arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    processes[0].join(limit_s)
+    processes[1].join(10)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0], f"{engine}: a process failed, or waits for the other: {codes}"
+
+
+def launch_environment(engine: str) -> dict[str, str]:
+    """What `accelerate launch --config_file recipes/accelerate/ENGINE.yaml` sets, for two processes in float32."""
+    command = ["--config_file", str(RECIPES / f"{engine}.yaml"), "--num_processes", "2", "--mixed_precision", "no", "x"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config or {})
+    made = prepare_deepspeed_cmd_env(args)[1] if engine.startswith("zero") else prepare_multi_gpu_env(args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {key: value for key, value in made.items() if os.environ.get(key) != value}
+    return {**own, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+
+
+def _child(
+    rank: int, environment: dict[str, str], limit_s: float, engine: str, function: Any, arguments: tuple
+) -> None:
+    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    faulthandler.dump_traceback_later(limit_s - 10)  # where it waits
+    try:
+        if engine.startswith("zero"):
+            _use_gloo_alone()
+        function(engine, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the other process may wait for ever
+    torch.distributed.destroy_process_group()
+
+
+def _use_gloo_alone() -> None:
+    """DeepSpeed would compile a faster all-reduce for processes on one machine first, for a minute."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def train_and_save(engine: str | None, model: Path, folder: Path, jobs: dict[str, dict]) -> None:
+    """Each job's run, its model (or adapter) in `folder/NAME`, and its losses in `NAME.json` beside it."""
+    for name, changes in jobs.items():
+        trainer = make_trainer(engine, model, folder / f"{name}-run", changes)
+        trainer.train()
+        trainer.save_model(str(folder / name))
+        if trainer.accelerator.is_main_process:
+            losses = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+            (folder / f"{name}.json").write_text(json.dumps(losses))
