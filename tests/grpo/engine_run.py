@@ -99,7 +99,10 @@ def two_processes(engine: str, function: Any, *arguments: Any, limit_s: float = 
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # the server looks for what it preloads there
     context.set_forkserver_preload(["grpo.engine_run"])
     environment = launch_environment(engine)
-    processes = [context.Process(target=_child, args=(rank, environment, limit_s, engine, function, arguments)) for rank in (0, 1)]
+    processes = [
+        context.Process(target=_child, args=(rank, environment, limit_s, engine, function, arguments))
+        for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     processes[0].join(limit_s)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
@@ -59,6 +59,7 @@ def prepare_models(
     if peft_config is not None:
         from peft import get_peft_model
 
+        set_seed(args.seed)  # every process starts with the same adapter
         policy = get_peft_model(policy, peft_config)
         if args.gradient_checkpointing:
             policy.enable_input_require_grads()

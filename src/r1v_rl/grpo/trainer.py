@@ -102,7 +102,7 @@ class GRPOTrainer(HeldoutEvaluation):
         drop_default_console(self)
         prepare_engine(self)
         self._vision = frozen_vision(self.model, args, self.accelerator)
-        needs_blank = self.accelerator.num_processes > 1 and getattr(self.model.config, "vision_config", None)
+        needs_blank = BlankPicture.is_needed(self.model, shards=shards_weights(self.accelerator))
         self._blank = BlankPicture(processor, self.accelerator.device, self._vision) if needs_blank else None
         self.sampler = PromptSampler(
             len(self.train_examples),

@@ -1,13 +1,14 @@
-"""A picture that no token looks at, for batches without pictures where several processes train one model."""
+"""A picture that no token looks at, for batches without pictures."""
 
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1v_rl.models.families import vision_inputs
 from r1v_rl.models.logprobs import Scored
+from r1v_rl.models.parts import part_of
 from r1v_rl.models.vision_features import VisionFeatures
 
 _SIDE = 32
@@ -18,7 +19,8 @@ class BlankPicture:
 
     Processes exchange gradients, and with FSDP2 and ZeRO-3 weights, module by module: one that leaves out encoder and
     projector would wait for the others, and they for it. The features of this picture fill no place, so that its
-    gradients are zeros.
+    gradients are zeros: and zeros, with which Adam's momentum goes on, are what one process must have too, if it is to
+    take the steps of several.
 
     Args:
         processor: The one that prompts are encoded with.
@@ -31,6 +33,13 @@ class BlankPicture:
         taken = vision_inputs(processor.image_processor(images=[picture], return_tensors="pt"))
         self._inputs = {name: tensor.to(device) for name, tensor in taken.items()}
         self._features = features
+
+    @staticmethod
+    def is_needed(model: nn.Module, *, shards: bool) -> bool:
+        """Whether encoder or projector train, or the weights are spread over processes."""
+        if getattr(model.config, "vision_config", None) is None:
+            return False
+        return shards or any(p.requires_grad and part_of(n) != "language_model" for n, p in model.named_parameters())
 
     def add_to(self, kwargs: dict[str, Any], scored: Scored) -> None:
         """Make it part of a batch; one that has pictures is left alone."""

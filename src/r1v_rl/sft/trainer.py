@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from r1v_rl.data.chat import load_processor
 from r1v_rl.data.dataset import as_examples
@@ -25,7 +25,7 @@ from r1v_rl.sft.config import SFTConfig
 from r1v_rl.sft.packing import RowBatches, RowLoader, pack, shuffled
 from r1v_rl.sft.rows import TargetRows
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
-from r1v_rl.training.engines import prepare_engine
+from r1v_rl.training.engines import prepare_engine, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.resume import ExactResume
@@ -87,6 +87,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         add_logprob_head(policy, temperature=1.0, float32_head=False, supervised=True)
         self._features = _kept_features(policy, args)
         self._stop = StopOnSignal()
+        if peft_config is not None:
+            set_seed(args.seed)  # every process starts with the same adapter
         packing, padding_free = args.packing, args.padding_free
         args.packing = args.padding_free = False  # TRL's own, which is for text
         super().__init__(
@@ -103,7 +105,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         args.packing, args.padding_free = packing, padding_free
         drop_default_console(self)
         prepare_engine(self)
-        needs_blank = self.accelerator.num_processes > 1 and getattr(self.model.config, "vision_config", None)
+        needs_blank = BlankPicture.is_needed(self.model, shards=shards_weights(self.accelerator))
         self._blank = BlankPicture(processor, self.accelerator.device, self._features) if needs_blank else None
         self.model_accepts_loss_kwargs = True  # the loss does its own scaling
         self._train_rows = self._read(train_dataset)
