@@ -1,6 +1,7 @@
 """GRPO runs of a random tiny model on two processes, under an engine of `recipes/accelerate/`, on recorded rollouts."""
 
 import faulthandler
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from peft import LoraConfig
 
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
+from r1v_rl.rollout.weights import merged_weights
+from r1v_rl.state_files import tensor_hash
 from r1v_rl.types import Completion
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -148,6 +151,16 @@ def _use_gloo_alone() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def exercise(engine: str | None, model: Path, folder: Path, jobs: dict[str, dict]) -> None:
+    """All that a test asks of one pair of processes: `train_and_save`, then `roll_out_and_resume`."""
+    train_and_save(engine, model, folder, jobs)
+    for name, changes in {
+        "resumed": {},
+        "resumed-lora": {"lora": {"modules_to_save": ["multi_modal_projector"]}},
+    }.items():
+        roll_out_and_resume(engine, model, folder / name, changes)
+
+
 def train_and_save(engine: str | None, model: Path, folder: Path, jobs: dict[str, dict]) -> None:
     """Each job's run, its model (or adapter) in `folder/NAME`, and its losses in `NAME.json` beside it."""
     for name, changes in jobs.items():
@@ -157,3 +170,29 @@ def train_and_save(engine: str | None, model: Path, folder: Path, jobs: dict[str
         if trainer.accelerator.is_main_process:
             losses = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
             (folder / f"{name}.json").write_text(json.dumps(losses))
+
+
+def roll_out_and_resume(engine: str | None, model: Path, folder: Path, changes: dict) -> None:
+    """A run whose rollouts are its own, and the same from its checkpoint in the middle of a generation; what is seen
+    is written by every process."""
+    settings = {
+        "recorded": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 3, "steps_per_generation": 2,
+        "learning_rate": 5e-2, **changes,
+    }  # fmt: skip
+    seen: dict[str, Any] = {}
+    for name in ("through", "again"):
+        trainer = make_trainer(engine, model, folder, settings)
+        before = trainer.heldout_accuracy() if name == "through" else None
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name == "again" else None)
+        seen[name] = trainer._weight_hash()
+        seen["before"] = seen.get("before") or str(before)
+    answers = [row.completion.token_ids for row in trainer.heldout_answers()]
+    seen["answers"] = answers
+    merged = dict(itertools.chain.from_iterable(block.items() for block in merged_weights(trainer.model)))
+    sampled = trainer.engine._policy
+    own = (sampled.get_base_model() if hasattr(sampled, "peft_config") else sampled).state_dict()
+    whole = {name: tensor_hash(tensor) for name, tensor in merged.items()}
+    seen["is_current"] = sampled is trainer.model or {n: tensor_hash(t) for n, t in own.items()} == whole
+    trainer.save_model(str(folder / "model"))
+    rank = trainer.accelerator.process_index
+    (folder / f"seen-{rank}.json").write_text(json.dumps(seen))

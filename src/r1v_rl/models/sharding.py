@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import deepspeed as zero
 
 from r1v_rl.errors import CheckpointError
 from r1v_rl.models.parts import PARTS, part_of
@@ -101,9 +102,25 @@ def unsharded_twin(model: Any) -> Any:
     """A model of the same class and settings on the same device that is never spread, with weights of its own."""
     own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     parameter = next(model.parameters())
-    twin = own_class(copy.deepcopy(model.config)).to(parameter.device, parameter.dtype).requires_grad_(False).eval()
+    with whole_models_made():
+        twin = own_class(copy.deepcopy(model.config))
+    twin = twin.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin
+
+
+@contextmanager
+def whole_models_made() -> Iterator[None]:
+    """Within it models are made and read whole, where ZeRO-3 would spread them over the processes."""
+    if not zero.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = zero._hf_deepspeed_config_weak_ref()
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero.set_hf_deepspeed_config(config)
 
 
 @torch.no_grad()

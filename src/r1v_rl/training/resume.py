@@ -13,15 +13,17 @@ from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
-from r1v_rl.models.sharding import hashes_by_part, is_sharded, load_whole, whole_hashes, whole_state
+from r1v_rl.models.sharding import (
+    hashes_by_part,
+    is_sharded,
+    load_whole,
+    whole_hashes,
+    whole_models_made,
+    whole_state,
+)
 from r1v_rl.state_files import combined_hash, load_state, save_state
 from r1v_rl.training.engines import check_engine, engine_name
-from r1v_rl.training.shard_states import (
-    adapter_weights,
-    load_optimizer_state,
-    optimizer_state,
-    whole_models_loaded,
-)
+from r1v_rl.training.shard_states import adapter_weights, load_optimizer_state, optimizer_state
 from r1v_rl.training.signals import StopOnSignal
 
 _TRAINER_STATE = "trainer_state.json"
@@ -181,7 +183,7 @@ class ExactResume(Trainer):
                 load_whole(policy, adapter_weights(policy, resume_from_checkpoint))
         else:
             dtype = next(policy.parameters()).dtype
-            with whole_models_loaded():
+            with whole_models_made():
                 saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=dtype)
             load_whole(policy, saved.state_dict())
         wanted = checkpoints.read_meta(resume_from_checkpoint)["weights"]

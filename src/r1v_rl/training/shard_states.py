@@ -1,18 +1,11 @@
 """What a process of FSDP2 or DeepSpeed keeps in a checkpoint: its own shards, as plain tensors in plain containers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.integrations.deepspeed import (
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 
 from r1v_rl.errors import CheckpointError
 from r1v_rl.state_files import load_tensors
@@ -81,22 +74,6 @@ def adapter_weights(policy: Any, checkpoint: str) -> dict[str, Tensor]:
                 raise CheckpointError(f"{checkpoint}/{_ADAPTER_FILE} holds no `{stored}`, which trains")
             found[name] = saved[stored]
     return found
-
-
-@contextmanager
-def whole_models_loaded() -> Iterator[None]:
-    """Within it `from_pretrained` reads whole models, where ZeRO-3 would spread them over the processes."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    from transformers.integrations import deepspeed
-
-    config = deepspeed._hf_deepspeed_config_weak_ref()
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
 
 
 def _spread(value: Any, parameter: Any) -> Any:
