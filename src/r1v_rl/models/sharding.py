@@ -100,7 +100,7 @@ def reshard(model: nn.Module) -> None:
 
 def unsharded_twin(model: Any) -> Any:
     """A model of the same class and settings on the same device that is never spread, with weights of its own."""
-    own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    own_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     parameter = next(model.parameters())
     with whole_models_made():
         twin = own_class(copy.deepcopy(model.config))
