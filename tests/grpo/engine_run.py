@@ -16,10 +16,15 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from grpo.tiny_run import ROWS, SETTINGS, token_reward
 from peft import LoraConfig
+from sft.tiny_sft import ROWS as SFT_ROWS
+from sft.tiny_sft import SETTINGS as SFT_SETTINGS
+from transformers import TrainingArguments
 
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.rollout.weights import merged_weights
+from r1v_rl.sft.config import SFTConfig
+from r1v_rl.sft.trainer import SFTTrainer
 from r1v_rl.state_files import tensor_hash
 from r1v_rl.types import Completion
 
@@ -32,8 +37,15 @@ _RUN = {
 }  # fmt: skip
 
 
+_SFT = {
+    "max_steps": 6, "save_strategy": "no", "per_device_train_batch_size": 1, "use_cpu": False, "adam_epsilon": 1e-4,
+    "dataloader_drop_last": True,  # else the last batch of two processes is filled up with first rows
+}  # fmt: skip
+
+
 class RecordedRollouts:
-    """Completions that follow from the row and the number of the rollout alone, whoever asks."""
+    """Completions that follow from the row and the number of the rollout alone, whoever asks. Every third group has
+    equal ones: a process may have nothing that moves the weights, and the other has."""
 
     def __init__(self, vocabulary: int):
         self._vocabulary, self._rollouts = vocabulary, 0
@@ -50,6 +62,7 @@ class RecordedRollouts:
 
     def _completion(self, prompt: Any, number: int) -> Completion:
         row = int(prompt.example.id.removeprefix("row"))
+        number *= (row + self._rollouts) % 3 > 0
         generator = torch.Generator().manual_seed(1000 * self._rollouts + 10 * row + number)
         length = int(torch.randint(1, 7, (), generator=generator))
         ids = torch.randint(300, self._vocabulary, (length,), generator=generator).tolist()
@@ -59,16 +72,10 @@ class RecordedRollouts:
 def make_trainer(engine: str | None, model: Path, output_dir: Path, changes: dict) -> GRPOTrainer:
     """The trainer of one process; of all of them where `engine` is None: the batch is theirs together."""
     torch.set_num_threads(1)
-    changes = {**_RUN, **changes}
+    changes = _settings(engine, {**_RUN, **changes})
     lora, recorded = changes.pop("lora", None), changes.pop("recorded", True)
     if lora is not None:
         changes["trainable"] = None
-    if engine in (None, "ddp", "fsdp2"):
-        changes["use_cpu"] = True
-    else:
-        changes["ddp_backend"] = "gloo"
-    if engine is None:
-        changes["per_device_train_batch_size"] *= 2
     args = GRPOConfig(**{**SETTINGS, "output_dir": str(output_dir), **changes})
     if engine == "fsdp2":
         _ask_for_fsdp(args)
@@ -83,7 +90,14 @@ def make_trainer(engine: str | None, model: Path, output_dir: Path, changes: dic
     )
 
 
-def _ask_for_fsdp(args: GRPOConfig) -> None:
+def _settings(engine: str | None, changes: dict) -> dict:
+    """What the launcher is for, and the batch of both processes where there is one."""
+    if engine is None:
+        changes = {**changes, "per_device_train_batch_size": 2 * changes["per_device_train_batch_size"]}
+    return {**changes, **({"use_cpu": True} if engine in (None, "ddp", "fsdp2") else {"ddp_backend": "gloo"})}
+
+
+def _ask_for_fsdp(args: TrainingArguments) -> None:
     """On CPUs accelerate turns FSDP into DDP, unless it is told that the processes have GPUs."""
     from accelerate import PartialState
 
@@ -154,6 +168,7 @@ def _use_gloo_alone() -> None:
 def exercise(engine: str | None, model: Path, folder: Path, jobs: dict[str, dict]) -> None:
     """All that a test asks of one pair of processes: `train_and_save`, then `roll_out_and_resume`."""
     train_and_save(engine, model, folder, jobs)
+    fine_tune(engine, model, folder)
     for name, changes in {
         "resumed": {},
         "resumed-lora": {"lora": {"modules_to_save": ["multi_modal_projector"]}},
@@ -170,6 +185,16 @@ def train_and_save(engine: str | None, model: Path, folder: Path, jobs: dict[str
         if trainer.accelerator.is_main_process:
             losses = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
             (folder / f"{name}.json").write_text(json.dumps(losses))
+
+
+def fine_tune(engine: str | None, model: Path, folder: Path) -> None:
+    """`sft` of packed rows, some of them without pictures, its model in `folder/sft`."""
+    args = SFTConfig(**{**SFT_SETTINGS, "output_dir": str(folder / "sft-run"), **_settings(engine, _SFT)})
+    if engine == "fsdp2":
+        _ask_for_fsdp(args)
+    trainer = SFTTrainer(model=str(model), args=args, train_dataset=SFT_ROWS)
+    trainer.train()
+    trainer.save_model(str(folder / "sft"))
 
 
 def roll_out_and_resume(engine: str | None, model: Path, folder: Path, changes: dict) -> None:
