@@ -27,7 +27,7 @@ from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids, folder_with
 from r1v_rl.rollout.prompts import placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
-from r1v_rl.training.engines import frozen_modules, keeps_frozen_tower
+from r1v_rl.training.engines import frozen_modules, keeps_frozen_tower, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.types import Example
 
@@ -113,8 +113,14 @@ def reference_policy(reference: nn.Module | None, policy: Any, wrapped: nn.Modul
         reshard(policy)
 
 
-def prepare_reference(reference: Any, accelerator: Accelerator) -> nn.Module:
-    """A reference of its own, spread over the processes as the policy is."""
+def prepare_reference(reference: Any, accelerator: Accelerator, args: GRPOConfig) -> nn.Module:
+    """A reference of its own, spread over the processes as the policy is.
+
+    Raises:
+        RecipeError: If it is to follow the policy, and its weights are spread.
+    """
+    if args.sync_ref_model and shards_weights(accelerator):
+        raise RecipeError("`sync_ref_model` is not supported under FSDP2 and ZeRO-3: launch with DDP or ZeRO-2")
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.ignored_modules += frozen_modules(reference, accelerator)
         reference = fsdp2_prepare_model(accelerator, reference)

@@ -112,7 +112,7 @@ class GRPOTrainer(HeldoutEvaluation):
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
         if self.ref_model is not None:
-            self.ref_model = prepare_reference(self.ref_model, self.accelerator)
+            self.ref_model = prepare_reference(self.ref_model, self.accelerator, args)
         if args.grounding_every:
             self.add_callback(GroundingEvery(self, args.grounding_every))
         if args.sync_ref_model:
