@@ -4,10 +4,11 @@ Everything is asked of the engine that rolls out, greedily; nothing draws from t
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +22,7 @@ from r1v_rl.types import Example
 
 _CHUNK = 256
 """Rows whose pictures are in memory at once."""
+_NO_EXAMPLE = Example(id="", messages=[], images=(), answer=None)  # other processes know the rows
 
 
 class HeldoutEvaluation(GRPOResume):
@@ -46,12 +48,13 @@ class HeldoutEvaluation(GRPOResume):
 
     def heldout_answers(self, examples: Sequence[Example] | None = None, *, blank: bool = False) -> list[Answered]:
         """These rows (by default the held-out ones) answered greedily with the present weights; `blank` empties their
-        pictures."""
+        pictures. Every process answers its share, and has all answers."""
         self._sync_engine()
         answered: list[Answered] = []
-        examples = (self.eval_examples or []) if examples is None else examples
-        for start in range(0, len(examples), _CHUNK):
-            rows = [blanked(e) if blank else e for e in examples[start : start + _CHUNK]]
+        examples = [blanked(e) if blank else e for e in ((self.eval_examples or []) if examples is None else examples)]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for start in range(rank, len(examples), _CHUNK * world):
+            rows = examples[start : start + _CHUNK * world : world]
             answered += answer_greedily(
                 self.engine,
                 self._encode(rows),
@@ -59,7 +62,10 @@ class HeldoutEvaluation(GRPOResume):
                 answer_kind=self.args.answer_kind,
                 timeout_s=self.args.reward_timeout_s,
             )
-        return answered
+        if world == 1:
+            return answered
+        shares = gather_object([[replace(row, example=_NO_EXAMPLE) for row in answered]])
+        return [replace(shares[i % world][i // world], example=example) for i, example in enumerate(examples)]
 
     def heldout_accuracy(self, *, blank: bool = False) -> Accuracy:
         """Accuracy on the held-out rows with its 95 % interval."""

@@ -161,6 +161,7 @@ def _measure(trainer: GRPOTrainer, before: Accuracy | None, started: float) -> d
 
 
 def _finish(trainer: GRPOTrainer, values: dict, model: ModelConfig, summary: dict) -> None:
+    weight_hashes = trainer.part_hashes()
     if not trainer.accelerator.is_main_process:
         return
     output_dir = Path(trainer.args.output_dir)
@@ -171,7 +172,7 @@ def _finish(trainer: GRPOTrainer, values: dict, model: ModelConfig, summary: dic
         parent=model.model_name_or_path,
         config=values,
         data_hash=trainer.data_hash(),
-        weight_hashes=trainer.part_hashes(),
+        weight_hashes=weight_hashes,
         seeds={"seed": trainer.args.seed},
         metrics=summary,
     )

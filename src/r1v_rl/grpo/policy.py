@@ -7,9 +7,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import disable_dropout_in_model
 
 from r1v_rl.data.chat import load_processor
@@ -18,12 +20,14 @@ from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import add_logprob_head
 from r1v_rl.models.packing import enable_packing, why_not_packed
 from r1v_rl.models.parts import freeze_all_but
+from r1v_rl.models.sharding import is_sharded, reshard, unsharded_twin, whole_state
 from r1v_rl.models.vision_features import VisionFeatures
 from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids, folder_with
 from r1v_rl.rollout.prompts import placeholder_ids
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
+from r1v_rl.training.engines import frozen_modules, keeps_frozen_tower, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.types import Example
 
@@ -46,13 +50,16 @@ def prepare_models(
         disable_dropout_in_model(policy)
     reference = None
     if args.beta != 0.0 and peft_config is None:
-        reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        again = is_sharded(policy)  # ZeRO-3 spreads weights as they are read; a shard cannot be copied
+        reference = load_model(policy.name_or_path, args.model_init_kwargs) if again else copy.deepcopy(policy)
+        reference.requires_grad_(False).eval()
     for each in (policy, reference):
         if each is not None:
             add_logprob_head(each, temperature=args.temperature, float32_head=args.cast_lm_head_to_fp32)
     if peft_config is not None:
         from peft import get_peft_model
 
+        set_seed(args.seed)  # every process starts with the same adapter
         policy = get_peft_model(policy, peft_config)
         if args.gradient_checkpointing:
             policy.enable_input_require_grads()
@@ -83,8 +90,8 @@ def frozen_vision(policy: Any, args: GRPOConfig, accelerator: Accelerator) -> Vi
         RecipeError: If the recipe asks for a cache where there cannot be one.
     """
     reason = VisionFeatures.why_not(policy)
-    if reason is None and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        reason = "sharded weights are gathered inside the model's own forward only"
+    if reason is None and not keeps_frozen_tower(accelerator):
+        reason = "ZeRO-3 gathers weights inside of the model's own forward only"
     if reason is None:
         keeps = args.vision_features == "cache"
         return VisionFeatures(policy, cache_bytes=args.vision_cache_memory_bytes if keeps else 0)
@@ -94,24 +101,52 @@ def frozen_vision(policy: Any, args: GRPOConfig, accelerator: Accelerator) -> Vi
 
 
 @contextmanager
-def reference_policy(reference: nn.Module | None, policy: Any) -> Iterator[nn.Module]:
-    """The model that the KL term is measured against: its own copy, or the policy without its adapter."""
+def reference_policy(reference: nn.Module | None, policy: Any, wrapped: nn.Module) -> Iterator[nn.Module]:
+    """The model that the KL term is measured against: its own copy, or the policy, as its engine has wrapped it,
+    without its adapter."""
     if reference is not None:
         yield reference
         return
+    reshard(policy)
     with policy.disable_adapter():
-        yield policy
+        yield wrapped
+        reshard(policy)
 
 
-def make_engine(policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example]) -> RolloutEngine:
-    """vLLM in this process, or transformers' `generate` on the policy itself."""
+def prepare_reference(reference: Any, accelerator: Accelerator, args: GRPOConfig) -> nn.Module:
+    """A reference of its own, spread over the processes as the policy is.
+
+    Raises:
+        RecipeError: If it is to follow the policy, and its weights are spread.
+    """
+    if args.sync_ref_model and shards_weights(accelerator):
+        raise RecipeError("`sync_ref_model` is not supported under FSDP2 and ZeRO-3: launch with DDP or ZeRO-2")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.ignored_modules += frozen_modules(reference, accelerator)
+        reference = fsdp2_prepare_model(accelerator, reference)
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(reference, accelerator)
+    return accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def make_engine(
+    policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example], *, shards: bool = False
+) -> RolloutEngine:
+    """vLLM in this process, or transformers' `generate`: on the policy itself, or on a whole twin of it where training
+    `shards` the weights."""
     tokenizer = getattr(processor, "tokenizer", processor)
     eos = end_token_ids(policy.generation_config.eos_token_id, tokenizer)
     banned = placeholder_ids(policy.config)
     if not args.use_vllm:
-        return TransformersEngine(policy, tokenizer, eos_token_ids=eos, banned_token_ids=banned)
+        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        sampled = unsharded_twin(base) if shards else policy
+        return TransformersEngine(sampled, tokenizer, eos_token_ids=eos, banned_token_ids=banned, twin=shards)
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    with folder_with(processor, base.name_or_path, base.save_pretrained) as folder:
+
+    def save(folder: str) -> None:
+        base.save_pretrained(folder, state_dict=whole_state(base))
+
+    with folder_with(processor, base.name_or_path, save) as folder:
         return VllmEngine(
             folder,
             dtype=_engine_dtype(policy, args),

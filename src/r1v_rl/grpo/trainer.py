@@ -21,15 +21,32 @@ from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.evaluation import GroundingEvery, HeldoutEvaluation
 from r1v_rl.grpo.loss import LossInputs, LossStats, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
-from r1v_rl.grpo.policy import frozen_vision, make_engine, prepare_models, reference_policy, shares_prefix
+from r1v_rl.grpo.policy import (
+    frozen_vision,
+    make_engine,
+    prepare_models,
+    prepare_reference,
+    reference_policy,
+    shares_prefix,
+)
 from r1v_rl.grpo.records import completion_records, show_completions
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler, generation_seed
-from r1v_rl.grpo.update import rows_to_run, spread, within_budget, zero_with_gradient
+from r1v_rl.grpo.update import (
+    idle_passes,
+    not_the_last_pass,
+    rows_to_run,
+    shortest,
+    spread,
+    within_budget,
+    zero_with_gradient,
+)
+from r1v_rl.models.blank_picture import BlankPicture
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
+from r1v_rl.training.engines import prepare_engine, shards_weights
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.signals import StopOnSignal
 from r1v_rl.types import RolloutGroup
@@ -83,7 +100,10 @@ class GRPOTrainer(HeldoutEvaluation):
             compute_loss_func=policy_loss,  # tells transformers that the loss does its own scaling
         )
         drop_default_console(self)
+        prepare_engine(self)
         self._vision = frozen_vision(self.model, args, self.accelerator)
+        needs_blank = BlankPicture.is_needed(self.model, shards=shards_weights(self.accelerator))
+        self._blank = BlankPicture(processor, self.accelerator.device, self._vision) if needs_blank else None
         self.sampler = PromptSampler(
             len(self.train_examples),
             prompts_per_generation=args.generation_batch_size // args.num_generations,
@@ -92,7 +112,7 @@ class GRPOTrainer(HeldoutEvaluation):
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
         if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = prepare_reference(self.ref_model, self.accelerator, args)
         if args.grounding_every:
             self.add_callback(GroundingEvery(self, args.grounding_every))
         if args.sync_ref_model:
@@ -174,11 +194,14 @@ class GRPOTrainer(HeldoutEvaluation):
         passes = within_budget(batch, run, self.args.max_tokens_per_forward, share_prefix=self.share_prefix)
         if not passes:
             return self._policy_loss(batch, rest)[0] + zero_with_gradient(model)
+        for _ in range(idle_passes(len(passes), self.accelerator)):
+            with not_the_last_pass(self.accelerator, model):
+                self._backward(score(model, self._model_inputs(batch, [shortest(batch, rows)]))[0].sum() * 0.0)
         whole = replace(rest, logprobs=rest.logprobs.clone(), entropies=rest.entropies.clone())
         ran = torch.zeros(len(rows), dtype=torch.bool, device=rest.mask.device)
         for i, part_rows in enumerate(passes, start=1):
             places = torch.tensor(part_rows, device=ran.device) - rows.start
-            with self.accelerator.no_sync(model) if i < len(passes) else nullcontext():  # processes meet in the last
+            with not_the_last_pass(self.accelerator, model) if i < len(passes) else nullcontext():
                 logprobs, entropies = score(model, self._model_inputs(batch, part_rows))
                 part = replace(
                     rest,
@@ -187,7 +210,7 @@ class GRPOTrainer(HeldoutEvaluation):
                 )
                 loss, stats = self._policy_loss(batch, part)
                 if i < len(passes):
-                    self.accelerator.backward(loss)
+                    self._backward(loss)
             whole.logprobs[places] = part.logprobs.detach()[places]
             whole.entropies[places] = part.entropies.detach()[places]
             ran[places] = True
@@ -197,6 +220,11 @@ class GRPOTrainer(HeldoutEvaluation):
         seen = replace(whole, mask=whole.mask & ran[:, None])
         self.metrics.add_update(seen, stats, sampler_logprobs=padded(batch.sampler_logprobs, rows, seen.mask))
         return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        """As transformers does it for the last pass: the loss has its scale already."""
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
 
     def _loss_inputs(self, batch: GenerationBatch, rows: range) -> LossInputs:
         """What is known of these rows before the policy runs; log-probabilities that give ratios near 1 stand for its
@@ -233,6 +261,7 @@ class GRPOTrainer(HeldoutEvaluation):
                 self.processing_class,
                 self.args,
                 [*self.train_examples, *(self.eval_examples or []), *itertools.chain(*self.eval_sets.values())],
+                shards=shards_weights(self.accelerator),
             )
         return self._engine
 
@@ -280,13 +309,17 @@ class GRPOTrainer(HeldoutEvaluation):
             if self._vision is not None and pixels is not None and pixels.ndim == 4:
                 with self.accelerator.autocast():
                     prompt.vision_inputs["pixel_values"] = self._vision.of(pixels, prompt.images)
-        return model_inputs(
+        inputs = model_inputs(
             batch,
             rows,
             pad_token_id=self._tokenizer.pad_token_id,
             device=self.accelerator.device,
             share_prefix=self.share_prefix,
         )
+        if self._blank is not None:
+            with self.accelerator.autocast():
+                self._blank.add_to(inputs.kwargs, inputs.scored)
+        return inputs
 
     @torch.no_grad()
     def _score_old_and_reference(self, batch: GenerationBatch) -> None:
@@ -295,7 +328,8 @@ class GRPOTrainer(HeldoutEvaluation):
         if several_updates:  # else the old policy is the present one
             batch.old_logprobs = self._score_all(self.model_wrapped, batch)
         if self.args.beta != 0.0:
-            with reference_policy(self.ref_model, self.accelerator.unwrap_model(self.model)) as reference:
+            policy = self.accelerator.unwrap_model(self.model)
+            with reference_policy(self.ref_model, policy, self.model_wrapped) as reference:
                 batch.reference_logprobs = self._score_all(reference, batch)
 
     def _score_all(self, model: nn.Module, batch: GenerationBatch) -> list[Tensor]:
@@ -303,7 +337,10 @@ class GRPOTrainer(HeldoutEvaluation):
         found: list[Tensor] = []
         for start in rows[::size]:
             micro_batch, budget = rows[start : start + size], self.args.max_tokens_per_forward
-            for part in within_budget(batch, micro_batch, budget, share_prefix=self.share_prefix):
+            passes = within_budget(batch, micro_batch, budget, share_prefix=self.share_prefix)
+            for _ in range(idle_passes(len(passes), self.accelerator)):
+                score(model, self._model_inputs(batch, [shortest(batch, micro_batch)]))
+            for part in passes:
                 inputs = self._model_inputs(batch, part)
                 logprobs, _ = score(model, inputs)
                 found += [row[mask] for row, mask in zip(logprobs, inputs.token_mask, strict=True)]

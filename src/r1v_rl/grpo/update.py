@@ -1,9 +1,12 @@
 """Which completions an update must run, in how many passes, and how the rest fill their places."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -26,11 +29,43 @@ def rows_to_run(batch: GenerationBatch, rows: Sequence[int], args: GRPOConfig, *
         return list(rows)
     advantages = batch.advantages.tolist()
     moving = [row for row in rows if batch.counts[row] and advantages[row] != 0.0 and batch.completion_ids[row]]
-    if not moving and at_least_one:
-        prompt = [len(batch.prompts[row // batch.num_generations].prompt_ids) for row in rows]
-        lengths = [p + len(batch.completion_ids[row]) for p, row in zip(prompt, rows, strict=True)]
-        return [rows[lengths.index(min(lengths))]]
-    return moving
+    return [shortest(batch, rows)] if not moving and at_least_one else moving
+
+
+def shortest(batch: GenerationBatch, rows: Sequence[int]) -> int:
+    """The row of these that costs least."""
+    return min(
+        rows,
+        key=lambda row: len(batch.prompts[row // batch.num_generations].prompt_ids) + len(batch.completion_ids[row]),
+    )
+
+
+def idle_passes(count: int, accelerator: Accelerator) -> int:
+    """How many passes this process must run beside its `count`, so that all run as many: FSDP2 and ZeRO-3 gather
+    weights, and ZeRO-2 reduces gradients, in every one."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return 0
+    counts = accelerator.gather(torch.tensor([count], device=accelerator.device))
+    return int(counts.max()) - count
+
+
+@contextmanager
+def not_the_last_pass(accelerator: Accelerator, model: Any) -> Iterator[None]:
+    """Around forward and backward of a pass that others of the same micro-batch follow: DDP's processes meet in the
+    last, DeepSpeed would take its step after this one, and FSDP2 would keep whole gradients if it were told to wait."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        state = accelerator.gradient_state
+        last = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(last)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        yield
+    else:
+        with accelerator.no_sync(model):
+            yield
 
 
 def within_budget(

@@ -60,16 +60,17 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def repeat_features(outputs: Any, rows: Tensor) -> None:
-    """In the outputs of `get_image_features`, let piece `rows[i]` be the i-th one (`num_units`)."""
+    """In the outputs of `get_image_features`, let piece `rows[i]` be the i-th one (`num_units`); no rows, no features,
+    and gradients of zero."""
     features = outputs.pooler_output
     if isinstance(features, Tensor):
         outputs.pooler_output = features[rows]
         return
     order = rows.tolist()
-    outputs.pooler_output = [features[i] for i in order]
+    outputs.pooler_output = [features[i] for i in order] or [features[0][:0]]
     if deepstack := getattr(outputs, "deepstack_features", None):  # added to the language model's first layers
         pieces = [layer.split([len(piece) for piece in features]) for layer in deepstack]
-        outputs.deepstack_features = [torch.cat([layer[i] for i in order]) for layer in pieces]
+        outputs.deepstack_features = [torch.cat([layer[0][:0], *(layer[i] for i in order)]) for layer in pieces]
 
 
 def why_no_features(model: Any) -> str | None:

@@ -2,13 +2,16 @@
 
 import functools
 import types
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 
 from r1v_rl.models.vision import VisionOnce
@@ -25,15 +28,16 @@ class Scored:
     """Index into the flattened (B * T) positions; the position before the token."""
     targets: Int[Tensor, " M"]
     image_rows: Int[Tensor, " R"] | None
-    """For each tile slot of the batch, in order, the row of `pixel_values` that fills it; None = one to one."""
+    """For each tile slot of the batch, in order, the row of `pixel_values` that fills it; None = one to one. Empty for
+    a batch without slots, whose `pixel_values` pass through the encoder and are used nowhere (`BlankPicture`)."""
 
 
-@dataclass(slots=True)
-class TokenScores:
-    """Per scored token, float32."""
+@dataclass
+class TokenScores(ModelOutput):
+    """Per scored token, float32. A `ModelOutput`, since that is what FSDP2 and DeepSpeed find gradients in."""
 
-    logprobs: Float[Tensor, " M"]
-    entropies: Float[Tensor, " M"]
+    logprobs: Float[Tensor, " M"] = None  # type: ignore[assignment]
+    entropies: Float[Tensor, " M"] = None  # type: ignore[assignment]
     is_top1: Bool[Tensor, " M"] | None = None
     """Whether no other token is likelier; None unless the head was told to look."""
 
@@ -68,17 +72,41 @@ def add_logprob_head(
         hidden = hidden.reshape(-1, hidden.shape[-1])[scored.positions]
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden = hidden + _no_gradient(self)
-        head = self.get_output_embeddings()
+        head = _owner_of_weight(self.get_output_embeddings())
+        with _as_forward(head, functools.partial(score, head, scored)):
+            return head(hidden)  # called, and not its weight read: FSDP2 and ZeRO-3 gather that at a module's call
+
+    def score(head: nn.Module, scored: Scored, hidden: Tensor) -> TokenScores:
+        weight, bias = head.weight, head.bias
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
-            hidden = hidden.float() if float32_head else hidden
-            if supervised and not head.weight.requires_grad and not softcap:
-                return TokenScores(*_FrozenHead.apply(hidden, head.weight, head.bias, scored.targets, temperature))
+            if float32_head:
+                hidden, weight = hidden.float(), weight.float()
+            if supervised and not weight.requires_grad and not softcap:
+                return TokenScores(*_FrozenHead.apply(hidden, weight, bias, scored.targets, temperature))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
-                hidden, head.weight, head.bias, scored.targets, temperature, _VOCABULARY_TILE, softcap, 1.0, outputs
+                hidden, weight, bias, scored.targets, temperature, _VOCABULARY_TILE, softcap, 1.0, outputs
             )
         return TokenScores(logprobs, entropies, is_top1)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _owner_of_weight(head: Any) -> nn.Module:
+    """The head itself, or what an adapter has put in its place."""
+    return next(module for module in head.modules() if module._parameters.get("weight") is head.weight)
+
+
+@contextmanager
+def _as_forward(module: nn.Module, function: Callable) -> Iterator[None]:
+    """Within it `function` is what a call of `module` runs, between the hooks of whoever wraps it."""
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward  # type: ignore[misc]
+        if before is not None:
+            module.forward = before
 
 
 def _no_gradient(model: PreTrainedModel) -> Tensor | float:

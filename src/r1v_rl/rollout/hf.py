@@ -14,22 +14,39 @@ from transformers import (
 )
 
 from r1v_rl.models.families import joined, token_types
+from r1v_rl.models.parts import PARTS
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
+from r1v_rl.rollout.weights import merged_weights, trained_parts
 from r1v_rl.types import Completion
 
 
 class TransformersEngine:
-    """Samples from the policy object itself; there is nothing to sync."""
+    """Samples from the policy object itself: there is nothing to sync.
 
-    def __init__(self, policy: Any, tokenizer: Any, *, eos_token_ids: list[int], banned_token_ids: list[int]):
+    Args:
+        policy: The policy, or with `twin` a whole model of its class, that is given the policy's weights at every
+            sync: where the policy's own are spread over processes.
+    """
+
+    def __init__(
+        self, policy: Any, tokenizer: Any, *, eos_token_ids: list[int], banned_token_ids: list[int], twin: bool = False
+    ):
         self._policy = policy
+        self._is_twin, self._synced = twin, False
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
         self._banned = banned_token_ids
 
     def sync_weights(self, policy: Any) -> None:
-        self._policy = policy
+        if not self._is_twin:
+            self._policy = policy
+            return
+        own = self._policy.state_dict()
+        for block in merged_weights(policy, trained_parts(policy) if self._synced else PARTS):
+            for name, tensor in block.items():
+                own[name].copy_(tensor)
+        self._synced = True
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """Completions without log-probabilities: they are the policy's own, which the trainer computes anyway."""
@@ -84,7 +101,7 @@ class TransformersEngine:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             arguments = self._arguments(sampling, limits, inputs)
-            output = self._policy.generate(**inputs, **vision, **arguments, streamer=streamer)
+            output = self._policy.generate(**inputs, **vision, **arguments, streamer=streamer, synced_gpus=False)
         self._policy.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._completion(ids[:most]) for ids, (most, _) in zip(new_tokens, limits, strict=True)]

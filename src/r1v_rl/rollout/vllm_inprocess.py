@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from r1v_rl.errors import UserError
+from r1v_rl.models.parts import PARTS
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
-from r1v_rl.rollout.weights import disk_weights, trained_weights
+from r1v_rl.rollout.weights import stream_disk_weights, trained_parts
 from r1v_rl.runtime import children_prepared
 from r1v_rl.types import Completion
 
@@ -85,9 +86,9 @@ class VllmEngine:
         """The first time everything, then what trains: a frozen tower, or the language model where the projector alone
         trains, stays where it is."""
         known = self._policy is not None and self._policy() is policy
-        weights = trained_weights(policy) if known else disk_weights(policy)
+        weights = stream_disk_weights(policy, trained_parts(policy) if known else PARTS)
         self._policy = weakref.ref(policy)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.reset_caches()
 
     def reset_caches(self) -> None:

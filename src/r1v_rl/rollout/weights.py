@@ -1,6 +1,6 @@
 """The policy's weights under the names of its files on disk, which is what inference engines read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -8,37 +8,57 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.models.sharding import whole_blocks
+
+
+def trained_parts(policy: Any) -> set[str]:
+    """Parts with a trainable parameter: what may have changed since the start.
+
+    Parts are handed over whole, since engines fuse neighbouring weights, and read such a fusion as a whole.
+    """
+    return {part_of(name) for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def trained_weights(policy: Any) -> dict[str, Tensor]:
-    """Those of `disk_weights` that belong to a part with a trainable parameter: what may have changed since the start.
+    """Those of `disk_weights` that belong to `trained_parts`."""
+    return disk_weights(policy, trained_parts(policy))
 
-    Parts are whole, since engines fuse neighbouring weights, and read such a fusion as a whole.
+
+def disk_weights(policy: Any, parts: Collection[str] = PARTS) -> dict[str, Tensor]:
+    """All that `stream_disk_weights` yields."""
+    return dict(stream_disk_weights(policy, parts))
+
+
+def stream_disk_weights(policy: Any, parts: Collection[str] = PARTS) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of these parts by its name on disk, whole, LoRA merged in; the policy itself is not touched.
+
+    Where the weights are spread over processes, all of these must take part; one layer is in memory at a time. A tied
+    head is listed under its own name too: an engine that keeps a copy of it would go stale otherwise.
     """
-    return disk_weights(policy, {part_of(name) for name, p in policy.named_parameters() if p.requires_grad})
+    base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    for block in merged_weights(policy, parts):
+        yield from revert_weight_conversion(base, block).items()
 
 
 @torch.no_grad()
-def disk_weights(policy: Any, parts: Collection[str] = PARTS) -> dict[str, Tensor]:
-    """Every weight of these parts by its name on disk, LoRA merged in; the policy itself is not touched.
-
-    A tied head is listed under its own name too: an engine that keeps a copy of it would go stale otherwise.
-    """
+def merged_weights(policy: Any, parts: Collection[str] = PARTS) -> Iterator[dict[str, Tensor]]:
+    """The same by the names that they have in the model, a block at a time."""
     base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
-    weights = _merged_weights(base) if base is not policy else dict(policy.state_dict())
-    # names on disk need not tell the part
-    return revert_weight_conversion(base, {name: w for name, w in weights.items() if part_of(name) in parts})
+    adapted = {} if base is policy else {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    for block in whole_blocks(base, lambda name: part_of(name) in parts):  # names on disk need not tell the part
+        weights = dict(block) if base is policy else _without_adapter(block)
+        for name, module in adapted.items():
+            if f"{name}.weight" in weights:
+                for adapter in module.active_adapters:
+                    if adapter in module.lora_A:
+                        weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(adapter)
+        yield weights
 
 
-def _merged_weights(base: Any) -> dict[str, Tensor]:
-    """The state of a model that carries a LoRA adapter, as if it had none and the adapter were in its weights."""
-    weights = {
+def _without_adapter(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model that carries a LoRA adapter by the names that they would have without it."""
+    return {
         name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
-        for name, tensor in base.state_dict().items()
+        for name, tensor in weights.items()
         if "lora_" not in name and ".original_module." not in name
     }
-    for name, module in base.named_modules():
-        for adapter in getattr(module, "active_adapters", []) if hasattr(module, "get_delta_weight") else []:
-            if adapter in module.lora_A:
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(adapter)
-    return weights

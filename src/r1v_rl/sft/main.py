@@ -111,6 +111,7 @@ def build_trainer(args: SFTConfig, data: DataConfig, heldout: HeldoutConfig, mod
 
 
 def _finish(trainer: SFTTrainer, stage: str, values: dict, parent: str | None, seconds: float) -> None:
+    weight_hashes = trainer.part_hashes()
     if not trainer.accelerator.is_main_process:
         return
     last = {k: v for entry in trainer.state.log_history for k, v in entry.items() if k not in ("epoch", "step")}
@@ -123,7 +124,7 @@ def _finish(trainer: SFTTrainer, stage: str, values: dict, parent: str | None, s
         parent=parent,
         config=values,
         data_hash=trainer.data_hash(),
-        weight_hashes=trainer.part_hashes(),
+        weight_hashes=weight_hashes,
         seeds={"seed": trainer.args.seed},
         metrics=metrics,
     )

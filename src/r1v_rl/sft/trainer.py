@@ -9,11 +9,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from r1v_rl.data.chat import load_processor
 from r1v_rl.data.dataset import as_examples
 from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.models.blank_picture import BlankPicture
 from r1v_rl.models.families import token_positions, vision_inputs
 from r1v_rl.models.logprobs import Scored, add_logprob_head
 from r1v_rl.models.packing import enable_packing
@@ -24,6 +25,7 @@ from r1v_rl.sft.config import SFTConfig
 from r1v_rl.sft.packing import RowBatches, RowLoader, pack, shuffled
 from r1v_rl.sft.rows import TargetRows
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
+from r1v_rl.training.engines import prepare_engine, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.resume import ExactResume
@@ -85,6 +87,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         add_logprob_head(policy, temperature=1.0, float32_head=False, supervised=True)
         self._features = _kept_features(policy, args)
         self._stop = StopOnSignal()
+        if peft_config is not None:
+            set_seed(args.seed)  # every process starts with the same adapter
         packing, padding_free = args.packing, args.padding_free
         args.packing = args.padding_free = False  # TRL's own, which is for text
         super().__init__(
@@ -100,6 +104,9 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         )
         args.packing, args.padding_free = packing, padding_free
         drop_default_console(self)
+        prepare_engine(self)
+        needs_blank = BlankPicture.is_needed(self.model, shards=shards_weights(self.accelerator))
+        self._blank = BlankPicture(processor, self.accelerator.device, self._features) if needs_blank else None
         self.model_accepts_loss_kwargs = True  # the loss does its own scaling
         self._train_rows = self._read(train_dataset)
         self.train_dataset = self._plan(self._train_rows)
@@ -187,10 +194,13 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     ):
         """The weighted mean of the targets' negative log-likelihood, over all rows of the step on every process."""
         mode = "train" if self.model.training else "eval"
-        scores = model(
-            scored=Scored(inputs["positions"], inputs["targets"], inputs.get("image_rows")),
-            **self._model_inputs(inputs),
+        scored, taken = (
+            Scored(inputs["positions"], inputs["targets"], inputs.get("image_rows")),
+            self._model_inputs(inputs),
         )
+        if self._blank is not None:
+            self._blank.add_to(taken, scored)
+        scores = model(scored=scored, **taken)
         losses = -scores.logprobs
         if self.args.loss_type == "dft":
             losses = losses * scores.logprobs.exp().detach()
@@ -295,8 +305,8 @@ def _kept_features(model: PreTrainedModel, args: SFTConfig) -> VisionFeatures | 
     if args.vision_features != "cache":
         return None
     reason = VisionFeatures.why_not(model)
-    if reason is None and (args.fsdp or args.deepspeed_plugin is not None):
-        reason = "sharded weights are gathered inside the model's own forward only"
+    if reason is None and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        reason = "ZeRO-3 gathers weights inside of the model's own forward only"
     if reason is not None:
         raise RecipeError(f"`vision_features: cache` cannot be: {reason}. Set `vision_features: recompute`.")
     return VisionFeatures(model, cache_bytes=args.vision_cache_memory_bytes)

@@ -13,8 +13,17 @@ from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
 from r1v_rl.errors import CheckpointError
-from r1v_rl.models.parts import part_hashes
-from r1v_rl.state_files import load_state, save_state, weight_hash
+from r1v_rl.models.sharding import (
+    hashes_by_part,
+    is_sharded,
+    load_whole,
+    whole_hashes,
+    whole_models_made,
+    whole_state,
+)
+from r1v_rl.state_files import combined_hash, load_state, save_state
+from r1v_rl.training.engines import check_engine, engine_name
+from r1v_rl.training.shard_states import adapter_weights, load_optimizer_state, optimizer_state
 from r1v_rl.training.signals import StopOnSignal
 
 _TRAINER_STATE = "trainer_state.json"
@@ -58,17 +67,33 @@ class ExactResume(Trainer):
             prefix = self._state_prefix(folder)
             prefix.parent.mkdir(exist_ok=True)
             save_state(prefix, self._exact_state())
-        if self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        weights = self._weight_hash(keep=is_main) if is_main or is_sharded(self.model) else ""
+        if is_main:
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(target.parent / f"checkpoint-{self.state.best_global_step}")
             self.state.save_to_json(str(folder / _TRAINER_STATE))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            meta = {"step": self.state.global_step, "weights": self._weight_hash(), "run": self._fingerprint()}
+            meta = {"step": self.state.global_step, "weights": weights, "run": self._fingerprint()}
             checkpoints.commit(folder, target, meta)
             best = self.state.best_model_checkpoint
             checkpoints.prune(target.parent, self.args.save_total_limit, also=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers: the whole model (the adapter where there is one), whichever engine spread its weights.
+
+        All processes must call it.
+        """
+        if engine_name(self.accelerator) is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        wanted = trained.__contains__ if hasattr(self.model, "peft_config") else lambda name: True
+        state = whole_state(self.model, wanted, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -77,7 +102,7 @@ class ExactResume(Trainer):
     def _exact_state(self) -> dict:
         """What a resume needs beside the weights; a trainer with more state adds its own."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, engine_name(self.accelerator)),
             "scheduler": self.lr_scheduler.state_dict(),
             "random": _random_states(),
         }
@@ -134,6 +159,16 @@ class ExactResume(Trainer):
             self.state = state
         return state.global_step >= planned
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """DeepSpeed's own checkpoints are pickles: ours take their place."""
+        ours = resume_from_checkpoint is not None and self.is_deepspeed_enabled
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if ours else resume_from_checkpoint)
+        check_engine(self.accelerator, self.model_wrapped)
+        if ours:
+            self._load_from_checkpoint(str(resume_from_checkpoint))
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights and hold them against the hash that was taken when they were saved.
 
@@ -142,11 +177,15 @@ class ExactResume(Trainer):
         """
         policy = self.accelerator.unwrap_model(self.model if model is None else model)
         if hasattr(policy, "peft_config"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if engine_name(self.accelerator) is None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_whole(policy, adapter_weights(policy, resume_from_checkpoint))
         else:
             dtype = next(policy.parameters()).dtype
-            saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=dtype)
-            policy.load_state_dict(saved.state_dict())
+            with whole_models_made():
+                saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=dtype)
+            load_whole(policy, saved.state_dict())
         wanted = checkpoints.read_meta(resume_from_checkpoint)["weights"]
         if self._weight_hash() != wanted:
             raise CheckpointError(f"the weights loaded from {resume_from_checkpoint} are not those that were saved")
@@ -169,7 +208,7 @@ class ExactResume(Trainer):
 
     def _restore(self, state: dict) -> None:
         """Put back what `_exact_state` kept; the random states wait for the data loader to be in its place."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"], engine_name(self.accelerator))
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self._random_states = state["random"]
 
@@ -184,17 +223,18 @@ class ExactResume(Trainer):
 
     # ---- what must agree --------------------------------------------------------------------------------------------
 
-    def _weight_hash(self) -> str:
-        return weight_hash(self.accelerator.unwrap_model(self.model).state_dict())
+    def _weight_hash(self, *, keep: bool = True) -> str:
+        return combined_hash(whole_hashes(self.accelerator.unwrap_model(self.model), keep=keep))
 
     def part_hashes(self) -> dict[str, str]:
-        """A hash of the weights of each part: a frozen one keeps its own through a run."""
-        return part_hashes(self.accelerator.unwrap_model(self.model))
+        """A hash of the weights of each part: a frozen one keeps its own through a run. All processes must call it."""
+        return hashes_by_part(whole_hashes(self.accelerator.unwrap_model(self.model)))
 
     def _fingerprint(self) -> dict:
         """What a run must have in common with the one it continues."""
         settings = {key: getattr(self.args, key) for key in self.must_agree}
-        return {**settings, "num_processes": self.accelerator.num_processes, "data": self.data_hash()}
+        processes = {"num_processes": self.accelerator.num_processes, "engine": engine_name(self.accelerator)}
+        return {**settings, **processes, "data": self.data_hash()}
 
 
 def _random_states() -> dict:
