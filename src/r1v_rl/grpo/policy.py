@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -23,9 +24,11 @@ from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids, folder_with
 from r1v_rl.rollout.prompts import placeholder_ids
+from r1v_rl.rollout.servers import ServerEngine
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
+from r1v_rl.rollout.vllm_requests import engine_options
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
-from r1v_rl.types import Example
+from r1v_rl.types import Completion, Example
 
 logger = logging.get_logger(__name__)
 
@@ -103,28 +106,42 @@ def reference_policy(reference: nn.Module | None, policy: Any) -> Iterator[nn.Mo
         yield policy
 
 
-def make_engine(policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example]) -> RolloutEngine:
-    """vLLM in this process, or transformers' `generate` on the policy itself."""
+def make_engine(
+    policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example], accelerator: Accelerator
+) -> RolloutEngine:
+    """vLLM in this process or behind servers, or transformers' `generate` on the policy itself."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    eos = end_token_ids(policy.generation_config.eos_token_id, tokenizer)
-    banned = placeholder_ids(policy.config)
+    tokens: dict[str, Any] = {
+        "eos_token_ids": end_token_ids(policy.generation_config.eos_token_id, tokenizer),
+        "banned_token_ids": placeholder_ids(policy.config),
+    }
     if not args.use_vllm:
-        return TransformersEngine(policy, tokenizer, eos_token_ids=eos, banned_token_ids=banned)
+        return TransformersEngine(policy, tokenizer, **tokens)
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    with folder_with(processor, base.name_or_path, base.save_pretrained) as folder:
-        return VllmEngine(
-            folder,
-            dtype=_engine_dtype(policy, args),
-            max_model_len=args.vllm_max_model_length,
-            banned_token_ids=banned,
-            eos_token_ids=eos,
-            temperature=args.temperature,
-            max_images=max((len(example.images) for example in examples), default=0),
-            seed=args.seed,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            kv_cache_memory_bytes=args.vllm_kv_cache_memory_bytes,
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-        )
+    model = folder_with(processor, base.name_or_path, base.save_pretrained)
+    options: dict[str, Any] = {
+        "dtype": _engine_dtype(policy, args),
+        "max_model_len": args.vllm_max_model_length,
+        "temperature": args.temperature,
+        "max_images": max((len(example.images) for example in examples), default=0),
+        "seed": args.seed,
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.vllm_kv_cache_memory_bytes,
+        "tensor_parallel_size": args.vllm_tensor_parallel_size,
+    }
+    if args.vllm_mode == "server":
+        settings = args.server_settings()
+        vllm = engine_options(**options, on_cpu=not torch.cuda.is_available())
+        return ServerEngine(model, vllm, settings, accelerator, tokenizer=tokenizer, **tokens)
+    with model as folder:
+        return VllmEngine(folder, **options, **tokens)
+
+
+def check_versions(completions: Sequence[Sequence[Completion]], version: int) -> None:
+    """Raises RuntimeError where a completion was not sampled with the weights of this step: nothing may train on it."""
+    found = {completion.weight_version for group in completions for completion in group}
+    if found - {version}:
+        raise RuntimeError(f"the rollout engine answered with weights of step {sorted(map(str, found))}, not {version}")
 
 
 def _engine_dtype(policy: nn.Module, args: GRPOConfig) -> str:

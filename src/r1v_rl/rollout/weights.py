@@ -15,7 +15,16 @@ def trained_weights(policy: Any) -> dict[str, Tensor]:
 
     Parts are whole, since engines fuse neighbouring weights, and read such a fusion as a whole.
     """
-    return disk_weights(policy, {part_of(name) for name, p in policy.named_parameters() if p.requires_grad})
+    return disk_weights(policy, _trained_parts(policy))
+
+
+def frozen_weights(policy: Any) -> dict[str, Tensor]:
+    """The others of `disk_weights`: what stays as it is."""
+    return disk_weights(policy, set(PARTS) - _trained_parts(policy))
+
+
+def _trained_parts(policy: Any) -> set[str]:
+    return {part_of(name) for name, p in policy.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
