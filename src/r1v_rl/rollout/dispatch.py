@@ -143,6 +143,7 @@ class Dispatch:
                 f"{worker.client.url}: {fault}"
             )
         if worker.ready:
+            worker.since = time.monotonic()
             self._lose(worker, fault)
         try:
             await asyncio.sleep(0.25 * 2**tries)

@@ -88,6 +88,7 @@ class ServerKeeper:
         self._closed = False
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task | None = None
         self._wake: list[asyncio.Event] = []
         self._thread = threading.Thread(target=self._run, name="rollout servers", daemon=True)
         self._thread.start()
@@ -120,7 +121,8 @@ class ServerKeeper:
     def close(self) -> None:
         """End the run's own servers, and the thread; may be called again."""
         self._closed = True
-        self._look()
+        if self._loop is not None and self._task is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(30)
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class ServerKeeper:
             end_servers(*(server.process for server in self.servers if server.process is not None))
 
     async def _keep_all(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         self._wake = [asyncio.Event() for _ in self.servers]
         await asyncio.gather(*(self._keep(*pair) for pair in zip(self.servers, self._wake, strict=True)))
 

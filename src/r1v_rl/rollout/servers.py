@@ -170,7 +170,7 @@ class ServerEngine:
             self._key,
             timeout_s=settings.timeout_s,
             start_timeout_s=settings.start_timeout_s,
-            check=partial(_check_settings, options),
+            check=partial(check_settings, options),
         )
         stack.callback(self._keeper.close)
         return [server.url for server in servers], self._key
@@ -255,7 +255,7 @@ class ServerEngine:
                 await client.close()
 
 
-def _check_settings(options: dict[str, Any], url: str, found: dict) -> None:
+def check_settings(options: dict[str, Any], url: str, found: dict) -> None:
     """Raises UserError where a server's configuration would give other completions or log-probabilities than asked."""
     model = found.get("model_config", {})
     wanted = {

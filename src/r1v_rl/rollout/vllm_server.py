@@ -37,6 +37,7 @@ _FOR_WEIGHTS = {
     "middleware": "r1v_rl.rollout.server_side.Gate",
     "enable-scale-out": True,  # token ids in and out
     "max-num-batched-tokens": BATCHED_TOKENS,
+    "disable-uvicorn-access-log": True,  # a line a second
 }
 _LOG_TAIL = 2000
 
@@ -130,9 +131,9 @@ def vllm_server(
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises UserError where `serve_kwargs` names what the run sets itself."""
+    """Raises RecipeError where `serve_kwargs` names what the run sets itself."""
     if taken := sorted(key for key in options if key.replace("_", "-") in _SET_BY_RUN):
-        raise UserError(f"`serve_kwargs` must not set {', '.join(taken)}: the run sets it itself")
+        raise RecipeError(f"`serve_kwargs` must not set {', '.join(taken)}: the run sets it itself")
 
 
 def free_port() -> int:
