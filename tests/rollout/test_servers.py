@@ -3,9 +3,11 @@ shared out, one server stopped and replaced, nothing reachable without the key, 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,7 +29,7 @@ from r1v_rl.tracking.metrics import read_metrics
 
 SERVERS = {
     "use_vllm": True, "vllm_mode": "server", "vllm_num_servers": 2, "vllm_kv_cache_memory_bytes": 2**27,
-    "vllm_max_model_length": 256, "save_strategy": "no", "rollout_timeout_s": 20.0, "vllm_server_timeout": 500.0,
+    "vllm_max_model_length": 256, "save_strategy": "no", "rollout_timeout_s": 15.0, "vllm_server_timeout": 500.0,
 }  # fmt: skip
 
 
@@ -167,27 +169,35 @@ def test_without_the_cache_resets_they_are_not(trainer, model, tmp_path, monkeyp
 
 
 def test_a_stopped_server_is_left_out_and_replaced(trainer):
-    """SIGSTOP to all of its processes amid a rollout: the other one answers; then it is killed, started again, and
-    holds the policy's weights, which are not those of its folder, before it is asked."""
+    """SIGSTOP to all of its processes amid a rollout: the other one answers what it had in hand; then it is killed,
+    started again, and holds the policy's weights, which are not those of its folder, before it is asked."""
     trainer._engine_version = None
     trainer._sync_engine()
     server, other = trainer.engine._keeper.servers
     process = server.process
-    os.killpg(process.pid, signal.SIGSTOP)
-    batch = trainer._rollout(20)
-    assert trainer.engine.metrics["rollout/servers"] == 1.0
-    assert_parity(trainer, batch)
+    stopping = threading.Thread(target=stop_when_busy, args=(server.url, trainer.engine._key, process.pid))
+    stopping.start()
+    groups = trainer.engine.generate(prompts_of(trainer), Sampling(num_generations=8, max_tokens=150), seed=3)
+    stopping.join()
+    assert [len(group) for group in groups] == [8] * 4
+    assert trainer.engine.metrics["rollout/servers"] == 1.0 and trainer.engine.metrics["rollout/retries"] == 2.0
     until = time.monotonic() + 400
-    while server.holds != other.holds and time.monotonic() < until:
+    while not (server.process is not process and server.holds == other.holds) and time.monotonic() < until:
         time.sleep(0.5)
     assert server.holds == other.holds == trainer.engine._weights.version and server.process.pid != process.pid
     assert process.poll() == -signal.SIGKILL and not group_pids(process.pid)
     os.killpg(other.process.pid, signal.SIGSTOP)  # so that the new one answers everything
     try:
-        batch = trainer._rollout(21)
+        batch = trainer._rollout(20)
     finally:
         os.killpg(other.process.pid, signal.SIGCONT)
     assert_parity(trainer, batch)
+
+
+def stop_when_busy(url: str, key: str, leader: int) -> None:
+    while not re.search(rb"^vllm:num_requests_running\{.*\} [1-9]", get(f"{url}/metrics", key)[1], re.MULTILINE):
+        pass
+    os.killpg(leader, signal.SIGSTOP)
 
 
 def assert_parity(trainer, batch) -> None:

@@ -126,6 +126,7 @@ class Dispatch:
             await self._again(worker, number, fault)
         except asyncio.CancelledError:  # its server was given up
             self._todo.appendleft(number)
+            self.retries += 1
             raise
         except Exception as error:
             self._error = error
