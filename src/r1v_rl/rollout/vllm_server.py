@@ -40,6 +40,7 @@ _FOR_WEIGHTS = {
     "disable-uvicorn-access-log": True,  # a line a second
 }
 _LOG_TAIL = 2000
+_END_S = 10.0
 
 
 def start_server(
@@ -93,14 +94,34 @@ def start_server(
 
 
 def end_servers(*processes: subprocess.Popen, at_once: bool = False) -> None:
-    """End these servers and all that they started: asked, then made to."""
-    for number in (signal.SIGKILL,) if at_once else (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+    """End these servers and all that they started: asked, then made to.
+
+    What a server started ends with it, but for Python's trackers, which are left the time to remove shared memory.
+    """
+    for process in () if at_once else processes:
+        process.terminate()
+    for process in () if at_once else processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END_S)
+    for process in processes:
+        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGCONT)  # a stopped tracker would stay
+        process.wait()
+    until = time.monotonic() + _END_S
+    while any(map(_has_group, processes)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _has_group(process: subprocess.Popen) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @contextmanager
