@@ -15,7 +15,7 @@ from r1v_rl.rollout import weight_files
 from r1v_rl.rollout.dispatch import Dispatch
 from r1v_rl.rollout.server_client import ServerClient
 from r1v_rl.rollout.server_keeper import Server, ServerKeeper, Weights
-from r1v_rl.rollout.server_side import GENERATE
+from r1v_rl.rollout.server_side import GENERATE, WeightFiles, _tensors
 from r1v_rl.rollout.servers import ServerSettings, check_address, check_settings
 from r1v_rl.rollout.vllm_server import start_server
 from r1v_rl.rollout.weight_files import WeightFolder
@@ -191,6 +191,31 @@ def test_a_server_that_comes_back_gets_the_weights_before_it_is_asked(servers):
     assert all(path.endswith(WEIGHTS.version) for path in first.seen if path.startswith(GENERATE))
 
 
+def test_files_stay_while_a_server_reads_them(servers):
+    """One that is late with step 7, as a restarted one is, when step 8 is handed over."""
+    slow, other = servers(lambda path, number: 1.5 if path == "/collective_rpc" and number == 0 else None, None)
+    slow.held = other.held = "default"
+    keeper = keeper_of([slow, other])
+    keeper._weights = WEIGHTS
+    while keeper.servers[1].holds != WEIGHTS.version:
+        time.sleep(0.05)
+    keeper._weights = Weights("run", 4, 8, ("/frozen",), ("/next",))
+    assert keeper.files_in_use() == {"/frozen", "/trained", "/next"}
+    keeper.hold(keeper._weights)
+    assert keeper.files_in_use() == {"/frozen", "/next"} and slow.held == other.held == "run:4"
+    keeper.close()
+
+
+def test_a_server_that_does_not_see_the_files_says_so(servers):
+    (server,) = servers(lambda path, number: '{"results": [["/frozen"]]}' if path == "/collective_rpc" else None)
+    server.held = "default"
+    keeper = keeper_of([server])
+    with pytest.raises(UserError, match=r"does not see /frozen \(`weight_sync_dir`\)"):
+        keeper.hold(WEIGHTS)
+    keeper.close()
+    assert server.held == "loading" and WeightFiles().load_weight_files(["/nowhere"]) == ["/nowhere"]
+
+
 @pytest.mark.parametrize(("wrong", "message"), [("hang", "no answer"), (None, "nothing answers there")], ids=str)
 def test_no_server_at_the_start_is_an_error_within_the_limit(servers, wrong, message):
     (server,) = servers(always(wrong))
@@ -261,12 +286,12 @@ def test_weight_files_hold_what_they_should_and_go(tmp_path, monkeypatch):
     weights = {"embedding": tied, "middle": torch.ones(3, 5)[:, :2], "head": tied}
     files = folder.write(weights, "trained-0")
     assert len(files) == 2 and all(Path(file).parent == folder.path for file in files)
-    from r1v_rl.rollout.server_side import _tensors
-
     read = dict(_tensors(files))
     assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
     monkeypatch.setattr(weight_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=r"GB left: set `weight_sync_dir`"):
         folder.write(weights, "trained-1")
+    folder.keep(files[1:])
+    assert [str(path) for path in folder.path.iterdir()] == files[1:]
     folder.remove()
     assert not folder.path.exists()

@@ -87,7 +87,9 @@ class ServerClient:
         """Weights from files, every cache of older ones emptied; under no name that counts until all of it is done."""
         await self._json("POST", "/update_weight_version", json={"new_version": _LOADING})
         rpc = {"method": "load_weight_files", "kwargs": {"paths": list(files)}}
-        await self._json("POST", "/collective_rpc", json=rpc, timeout=timeout_s)
+        missing = (await self._json("POST", "/collective_rpc", json=rpc, timeout=timeout_s)).get("results") or [None]
+        if missing[0]:
+            raise ServerFault(f"it does not see {missing[0][0]} (`weight_sync_dir`)", answers=True)
         for reset in CACHE_RESETS:
             response = await self._send("POST", f"/{reset}")
             if response.text and response.json().get("success") is False:

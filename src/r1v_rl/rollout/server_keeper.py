@@ -55,8 +55,10 @@ class Server:
     """Whether its settings were looked at since it was last gone."""
     holds: str | None = None
     """The version of its weights; None where it does not say."""
+    reads: Weights | None = None
+    """Whose files it is reading now."""
     fault: ServerFault | None = None
-    """Why not."""
+    """Why it does not say what it holds."""
     since: float = field(default_factory=time.monotonic)
     """When it last answered, or was started."""
 
@@ -99,7 +101,8 @@ class ServerKeeper:
         Raises:
             UserError: If there is none, or a server is not what the run needs.
         """
-        first, self._weights = self._weights is None, weights
+        with self._changed:
+            first, self._weights = self._weights is None, weights
         self._look()
         with self._changed:
             while True:
@@ -112,6 +115,12 @@ class ServerKeeper:
                 if not waits:
                     return
                 self._changed.wait(0.5)
+
+    def files_in_use(self) -> set[str]:
+        """Those of the present weights, and of older ones that a server is still reading."""
+        with self._changed:
+            used = [self._weights, *(server.reads for server in self.servers)]
+        return {path for weights in used if weights is not None for path in (*weights.frozen, *weights.trained)}
 
     def raise_error(self) -> None:
         """Raises what cannot be mended by waiting."""
@@ -152,6 +161,7 @@ class ServerKeeper:
                     await self._renew(server, client)
                 except ServerFault as fault:
                     self._note(server, fault)
+                server.reads = None
                 with self._changed:
                     self._changed.notify_all()
                 try:
@@ -162,7 +172,9 @@ class ServerKeeper:
             await client.close()
 
     async def _renew(self, server: Server, client: ServerClient) -> None:
-        held, weights = await client.version(), self._weights
+        held = await client.version()
+        with self._changed:
+            weights = server.reads = self._weights
         if not server.checked:
             self._check(server.url, await client.settings())
             server.answered, server.checked, server.failed_starts = True, True, 0

@@ -18,9 +18,16 @@ GENERATE = "/inference/v1/generate"
 class WeightFiles:
     """Mixed into vLLM's workers (`--worker-extension-cls`): `collective_rpc` may call `load_weight_files`."""
 
-    def load_weight_files(self, paths: list[str]) -> None:
-        """Put the tensors of these safetensors files, under their names on disk, in the place of the present ones."""
+    def load_weight_files(self, paths: list[str]) -> list[str] | None:
+        """Put the tensors of these safetensors files, under their names on disk, in the place of the present ones.
+
+        Returns:
+            The files that are not there, and then nothing was changed: an exception would end the engine.
+        """
+        if missing := [path for path in paths if not os.path.isfile(path)]:
+            return missing
         self.reload_weights(weights_iterator=_tensors(paths))  # type: ignore[attr-defined]
+        return None
 
 
 class Gate:

@@ -203,8 +203,7 @@ class ServerEngine:
         else:
             weights = Weights(before.run, number, step, before.frozen, files)
         self._keeper.hold(weights)
-        for path in {*before.frozen, *before.trained} - {*weights.frozen, *files} if before is not None else ():
-            Path(path).unlink(missing_ok=True)
+        self._folder.keep(self._keeper.files_in_use())
         return weights
 
     def _on_main(self, action: Callable[[], Any]) -> Any:

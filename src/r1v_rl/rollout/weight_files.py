@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -52,6 +52,12 @@ class WeightFolder:
                 files.append(self._save(bucket, name, len(files)))
                 bucket, size = {}, 0
         return [*files, self._save(bucket, name, len(files))] if bucket else files
+
+    def keep(self, files: Collection[str]) -> None:
+        """Remove all others."""
+        for path in self.path.iterdir():
+            if str(path) not in files:
+                path.unlink()
 
     def remove(self) -> None:
         """Everything; may be called again."""
