@@ -231,8 +231,9 @@ class _Recorded:
     def __init__(self, completion_ids: list[list[int]]):
         self._completions = [Completion(ids, [], "", is_truncated=True) for ids in completion_ids]
 
-    def sync_weights(self, policy: nn.Module) -> None:
-        pass
+    def sync_weights(self, policy: nn.Module, version: int = 0) -> None:
+        for completion in self._completions:
+            completion.weight_version = version
 
     def generate(self, prompts: list, sampling: Any, *, seed: int) -> list[list[Completion]]:
         return [self._completions]

@@ -5,7 +5,7 @@ import importlib.abc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -106,8 +106,7 @@ def children_prepared() -> Iterator[None]:
     vLLM inspects model classes in a process of its own, which imports torchvision before it loads any plugin.
     """
     before = os.environ.get("PYTHONPATH")
-    startup = str(Path(__file__).parent / "startup")
-    os.environ["PYTHONPATH"] = startup if before is None else os.pathsep.join([startup, before])
+    os.environ["PYTHONPATH"] = _startup_first(before)
     try:
         yield
     finally:
@@ -115,3 +114,14 @@ def children_prepared() -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def bound_child(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a Python child that imports r1v_rl first, and ends with this process however that ends."""
+    path = _startup_first(environment.get("PYTHONPATH"))
+    return {**environment, "PYTHONPATH": path, DIE_WITH_PARENT: str(os.getpid())}
+
+
+def _startup_first(path: str | None) -> str:
+    startup = str(Path(__file__).parent / "startup")
+    return startup if path is None else os.pathsep.join([startup, path])

@@ -41,6 +41,8 @@ class Completion:
     """The decoded tokens without special ones."""
     is_truncated: bool
     """Whether the length limit, rather than an end token, ended it."""
+    weight_version: int | None = None
+    """Number of optimizer steps behind the weights that sampled it; None where nothing trains."""
 
 
 @dataclass(slots=True)

@@ -1,7 +1,6 @@
 """`r1v-rl chat` as a user meets it: pictures, questions, a conversation, and one line for every mistake."""
 
 import io
-import json
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from r1v_rl.chat.conversation import Conversation
 from r1v_rl.chat.display import Display
 from r1v_rl.chat.main import gathered
 from r1v_rl.chat.main import main as chat_main
-from r1v_rl.chat.serve import serve, server_command
+from r1v_rl.chat.serve import serve, server_options
 from r1v_rl.cli import main
 from r1v_rl.errors import DataError, RecipeError
 from r1v_rl.rollout.engine import Sampling
@@ -171,17 +170,16 @@ def test_repeated_keys_are_gathered():
     assert gathered(["--question", "q"], "--image") == ["--question", "q"]
 
 
-def test_the_server_command(model, processor, monkeypatch):
+def test_the_servers_options(model, processor, monkeypatch):
     config = ChatConfig(model_name_or_path=model, serve=True, max_images=2, vllm_max_model_length=512, seed=4)
-    words = server_command(config, processor, "/the/folder")
-    flags = dict(zip(words[3::2], words[4::2], strict=False))
-    assert flags["--model"] == "/the/folder"
-    assert flags["--host"] == "127.0.0.1" and flags["--served-model-name"] == model
-    assert json.loads(flags["--limit-mm-per-prompt"]) == {"image": 2} and flags["--max-model-len"] == "512"
-    assert json.loads(flags["--override-generation-config"])["repetition_penalty"] == 1.05
-    assert flags["--reasoning-parser"] == "deepseek_r1" and flags["--dtype"] == "float32"
-    assert not any("key" in word for word in words if word != "--kv-cache-memory-bytes")
+    options = server_options(config, processor)
+    assert options["limit-mm-per-prompt"] == {"image": 2} and options["max-model-len"] == 512
+    assert options["override-generation-config"]["repetition_penalty"] == 1.05
+    assert options["reasoning-parser"] == "deepseek_r1" and options["dtype"] == "float32"
+    assert not any("api-key" in name for name in options)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with pytest.raises(RecipeError, match=r"`host` 0\.0\.0\.0 can be reached from other machines"):
+    with pytest.raises(RecipeError, match=r"other machines \(`host` 0\.0\.0\.0\)"):
         serve(ChatConfig(model_name_or_path=model, host="0.0.0.0"), processor)
+    with pytest.raises(RecipeError, match=r"a server that takes weights needs a key: .*VLLM_API_KEY"):
+        serve(ChatConfig(model_name_or_path=model, takes_weights=True), processor)
     assert "VLLM_API_KEY" not in os.environ

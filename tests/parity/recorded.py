@@ -43,8 +43,9 @@ class RecordedEngine:
     def __init__(self, completions: dict[str, list[Completion]]):
         self._completions = completions
 
-    def sync_weights(self, policy: nn.Module) -> None:
-        pass
+    def sync_weights(self, policy: nn.Module, version: int = 0) -> None:
+        for completion in (c for group in self._completions.values() for c in group):
+            completion.weight_version = version
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         return [self._completions[prompt.example.id] for prompt in prompts]

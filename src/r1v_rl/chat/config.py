@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.rollout.engine import Sampling
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from r1v_rl.rollout.vllm_server import LOOPBACK
 
 
 @dataclass
@@ -66,6 +65,13 @@ class ChatConfig:
         metadata={"help": "With --serve. Any but loopback needs an API key in the environment (VLLM_API_KEY)."},
     )
     port: int = field(default=8000, metadata={"help": "With --serve."})
+    takes_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "With --serve. For `vllm_server_base_url` of a GRPO run: it takes the policy's weights, and "
+            "every request needs the key in VLLM_API_KEY. Set `temperature`, `max_images` and `dtype` as in the run."
+        },
+    )
 
     def __post_init__(self) -> None:
         for key in ("max_images", "max_completion_length", "max_image_tiles", "vllm_max_model_length"):

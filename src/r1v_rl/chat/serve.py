@@ -1,41 +1,33 @@
 """`r1v-rl chat --serve`: vLLM's OpenAI-compatible server, with the flags that the model needs."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from typing import Any
 
-import torch
-
-from r1v_rl.chat.config import LOOPBACK, ChatConfig
-from r1v_rl.errors import RecipeError
+from r1v_rl.chat.config import ChatConfig
 from r1v_rl.rollout.model_folder import folder_with, saved_dtype
-from r1v_rl.runtime import children_prepared, die_with_parent
-
-API_KEY = "VLLM_API_KEY"
-"""Read by vLLM itself: a key on a command line can be seen by every user of the machine."""
+from r1v_rl.rollout.vllm_requests import logprobs_mode
+from r1v_rl.rollout.vllm_server import API_KEY, start_server
 
 
 def serve(config: ChatConfig, processor: Any) -> int:
     """Runs until the server ends or a signal ends it; vLLM's exit code.
 
     Raises:
-        RecipeError: If the server could be reached from elsewhere and asks for no key.
+        RecipeError: If the server could be reached from elsewhere, or takes weights, and asks for no key.
     """
-    if config.host not in LOOPBACK and not os.environ.get(API_KEY):
-        raise RecipeError(
-            f"`host` {config.host} can be reached from other machines: set the environment variable {API_KEY} to a key "
-            f"that clients must send, or leave `host` at {LOOPBACK[0]}"
+    model = str(config.model_name_or_path)
+    with folder_with(processor, model) as folder:
+        server = start_server(
+            folder,
+            [model],
+            server_options(config, processor),
+            host=config.host,
+            port=config.port,
+            key=os.environ.get(API_KEY) or None,
+            takes_weights=config.takes_weights,
         )
-    with folder_with(processor, str(config.model_name_or_path)) as folder, children_prepared():
-        words = server_command(config, processor, folder)
-        environment = dict(os.environ)
-        if not torch.cuda.is_available():
-            environment = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | environment
-        parent = os.getpid()
-        server = subprocess.Popen(words, env=environment, preexec_fn=lambda: die_with_parent(parent))
         previous = signal.signal(signal.SIGTERM, lambda number, _: server.send_signal(number))
         try:
             return _waited(server)
@@ -43,8 +35,8 @@ def serve(config: ChatConfig, processor: Any) -> int:
             signal.signal(signal.SIGTERM, previous)
 
 
-def server_command(config: ChatConfig, processor: Any, folder: str) -> list[str]:
-    """The command line of vLLM's server."""
+def server_options(config: ChatConfig, processor: Any) -> dict[str, Any]:
+    """Options of vLLM's server."""
     model = str(config.model_name_or_path)
     sampling = config.sampling(config.max_completion_length)
     defaults = {
@@ -55,25 +47,18 @@ def server_command(config: ChatConfig, processor: Any, folder: str) -> list[str]
         "repetition_penalty": sampling.repetition_penalty,
         "max_new_tokens": sampling.max_tokens,
     }
-    flags = {
-        "host": config.host,
-        "port": config.port,
-        "served-model-name": model,
+    return {
         "dtype": saved_dtype(model) if config.dtype == "auto" else config.dtype,
         "max-model-len": config.vllm_max_model_length,
-        "limit-mm-per-prompt": json.dumps({"image": config.max_images}),
-        "override-generation-config": json.dumps(defaults),
+        "limit-mm-per-prompt": {"image": config.max_images},
+        "override-generation-config": defaults,
         "tensor-parallel-size": config.vllm_tensor_parallel_size,
         "gpu-memory-utilization": config.vllm_gpu_memory_utilization,
         "kv-cache-memory-bytes": config.vllm_kv_cache_memory_bytes,
         "seed": config.seed,
         "reasoning-parser": "deepseek_r1" if _has_think_tokens(processor) else None,
+        "logprobs-mode": logprobs_mode(config.temperature) if config.takes_weights else None,
     }
-    # not `vllm serve`, which asks for the metadata of a package of that name: on a CPU it is called vllm-cpu
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    for name, value in flags.items():
-        words += [] if value is None else [f"--{name}", str(value)]
-    return words + ([] if torch.cuda.is_available() else ["--enforce-eager"])
 
 
 def _has_think_tokens(processor: Any) -> bool:

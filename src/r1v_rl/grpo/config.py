@@ -1,6 +1,8 @@
 """Every knob of a GRPO run: TRL's own, with TRL's meaning, and ours on top."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import trl
 
@@ -8,6 +10,8 @@ from r1v_rl.config import HeldoutConfig
 from r1v_rl.errors import RecipeError
 from r1v_rl.evaluate.grounding import CONTROLS
 from r1v_rl.evaluate.reflections import REFLECTIONS
+from r1v_rl.rollout.servers import ServerSettings
+from r1v_rl.rollout.vllm_server import LOOPBACK
 from r1v_rl.scoring.config import NamedRewardConfig
 from r1v_rl.scoring.rules import RewardSettings
 from r1v_rl.training.trained_parts import TrainedPartsConfig
@@ -29,7 +33,9 @@ REFUSED_KEYS = {
     "vllm_enable_sleep_mode": "not supported; lower `vllm_gpu_memory_utilization`",
     "vllm_importance_sampling_cap": "TRL renamed it: use `vllm_importance_sampling_clip_max`",
     "vllm_model_impl": "vLLM's own model classes are used",
-    "vllm_server_base_url": "rollouts by a server are not supported; vLLM runs in this process",
+    "vllm_group_port": "weights go to servers as files (`weight_sync_dir`), not by NCCL",
+    "vllm_server_host": "give the address in `vllm_server_base_url`",
+    "vllm_server_port": "give the address in `vllm_server_base_url`",
     "vllm_structured_outputs_regex": "a constrained sampler has other log-probabilities than the policy",
 }
 """TRL keys that are not implemented, each with the reason. Any value but TRL's default is an error, never ignored."""
@@ -45,6 +51,8 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
     One default differs: `vllm_importance_sampling_mode` is `token_mask`, since TRL's `sequence_mask` sums the
     sampler's rounding noise over the completion and so drops long chains of thought.
     """
+
+    _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "serve_kwargs"]  # noqa: RUF012  (transformers' own name)
 
     vllm_importance_sampling_mode: str = field(
         default="token_mask",
@@ -75,6 +83,38 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
     )
     vllm_kv_cache_memory_bytes: int | None = field(
         default=None, metadata={"help": "KV cache of the in-process vLLM, in bytes; unset = vLLM's own measure."}
+    )
+    vllm_server_base_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With `vllm_mode: server`: addresses of servers started by `r1v-rl chat --serve --takes_weights "
+            "true`, http://HOST:PORT each; the key in VLLM_API_KEY. Unset = the run starts its own."
+        },
+    )
+    vllm_num_servers: int = field(
+        default=1, metadata={"help": "Servers that the run starts, on this machine, where no address is given."}
+    )
+    vllm_server_devices: list[str] | None = field(
+        default=None,
+        metadata={"help": 'GPUs of each server that the run starts, as in ["1", "2,3"]; unset = those of the run.'},
+    )
+    serve_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "More options of vLLM's server where the run starts it, such as {data-parallel-size: 2}."},
+    )
+    rollout_timeout_s: float = field(
+        default=45.0,
+        metadata={
+            "help": "Seconds that a rollout server may make no progress before its prompts go to another, and that one "
+            "by address may be gone before the run ends for want of servers."
+        },
+    )
+    weight_sync_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which servers get weights; unset = main memory (/dev/shm) for servers on this "
+            "machine, output_dir for others, which must see it under the same path."
+        },
     )
     share_prefix: bool = field(
         default=True,
@@ -136,12 +176,27 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
         for key, reason in REFUSED_KEYS.items():
             if getattr(self, key) != defaults[key]:
                 raise RecipeError(f"`{key}` is a TRL key that r1v_rl does not implement: {reason}.")
-        if self.use_vllm and self.vllm_mode != "colocate":
-            raise RecipeError(f"`vllm_mode` must be `colocate` (in process), not `{self.vllm_mode}`.")
+        if self.vllm_mode not in ("colocate", "server"):
+            raise RecipeError(f"`vllm_mode` must be colocate (in process) or server, not `{self.vllm_mode}`.")
         if self.pad_to_multiple_of is not None:
             raise RecipeError(
                 f"`pad_to_multiple_of` must be unset, not {self.pad_to_multiple_of}: rows are not padded."
             )
+
+    def server_settings(self) -> ServerSettings:
+        """The rollout servers of `vllm_mode: server`."""
+        urls = [self.vllm_server_base_url] if isinstance(self.vllm_server_base_url, str) else self.vllm_server_base_url
+        far = any(urlsplit(url).hostname not in LOOPBACK for url in urls or [])
+        return ServerSettings(
+            urls=urls or (),
+            num_servers=self.vllm_num_servers,
+            devices=self.vllm_server_devices,
+            options=self.serve_kwargs if isinstance(self.serve_kwargs, dict) else {},
+            timeout_s=self.rollout_timeout_s,
+            start_timeout_s=self.vllm_server_timeout,
+            weight_folder=self.weight_sync_dir or (str(self.output_dir) if far else None),
+            log_folder=Path(str(self.output_dir)),
+        )
 
     @property
     def needs_every_completion(self) -> bool:
@@ -149,6 +204,8 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
         return bool(self.beta or self.entropy_coef or self.top_entropy_quantile < 1.0)
 
     def _check_values(self) -> None:
+        if self.vllm_mode == "server" and self.use_vllm:
+            self.server_settings()
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, not `{self.loss_type}`.")
         if self.importance_sampling_level not in ("token", "sequence"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from r1v_rl.grpo.advantages import nan_std
 from r1v_rl.grpo.loss import LossInputs, LossStats
 from r1v_rl.grpo.rewards import Rewarded
+from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.types import RolloutGroup
 
 
@@ -35,6 +36,11 @@ class Metrics:
         started = time.perf_counter()
         yield
         self.add(f"rollout/seconds_{name}", time.perf_counter() - started)
+
+    def add_engine(self, engine: RolloutEngine) -> None:
+        """What the engine tells of its last rollout, where it tells something."""
+        for name, value in getattr(engine, "metrics", {}).items():
+            self.add(name, value)
 
     def flush(self, prefix: str = "") -> dict[str, float | None]:
         """Averages since the last flush (extremes where the name says so), NaN left out; None where none is left."""

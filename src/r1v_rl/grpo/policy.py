@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -26,10 +27,12 @@ from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids, folder_with
 from r1v_rl.rollout.prompts import placeholder_ids
+from r1v_rl.rollout.servers import ServerEngine
 from r1v_rl.rollout.vllm_inprocess import VllmEngine
+from r1v_rl.rollout.vllm_requests import engine_options
 from r1v_rl.training.engines import frozen_modules, keeps_frozen_tower, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
-from r1v_rl.types import Example
+from r1v_rl.types import Completion, Example
 
 logger = logging.get_logger(__name__)
 
@@ -130,36 +133,47 @@ def prepare_reference(reference: Any, accelerator: Accelerator, args: GRPOConfig
 
 
 def make_engine(
-    policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example], *, shards: bool = False
+    policy: Any, processor: Any, args: GRPOConfig, examples: Sequence[Example], accelerator: Accelerator
 ) -> RolloutEngine:
-    """vLLM in this process, or transformers' `generate`: on the policy itself, or on a whole twin of it where training
-    `shards` the weights."""
+    """vLLM in this process or behind servers, or transformers' `generate`: on the policy itself, or on a whole twin of
+    it where training spreads the weights over processes."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    eos = end_token_ids(policy.generation_config.eos_token_id, tokenizer)
-    banned = placeholder_ids(policy.config)
-    if not args.use_vllm:
-        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        sampled = unsharded_twin(base) if shards else policy
-        return TransformersEngine(sampled, tokenizer, eos_token_ids=eos, banned_token_ids=banned, twin=shards)
+    tokens: dict[str, Any] = {
+        "eos_token_ids": end_token_ids(policy.generation_config.eos_token_id, tokenizer),
+        "banned_token_ids": placeholder_ids(policy.config),
+    }
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    if not args.use_vllm:
+        shards = shards_weights(accelerator)
+        return TransformersEngine(unsharded_twin(base) if shards else policy, tokenizer, **tokens, twin=shards)
 
     def save(folder: str) -> None:
         base.save_pretrained(folder, state_dict=whole_state(base))
 
-    with folder_with(processor, base.name_or_path, save) as folder:
-        return VllmEngine(
-            folder,
-            dtype=_engine_dtype(policy, args),
-            max_model_len=args.vllm_max_model_length,
-            banned_token_ids=banned,
-            eos_token_ids=eos,
-            temperature=args.temperature,
-            max_images=max((len(example.images) for example in examples), default=0),
-            seed=args.seed,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            kv_cache_memory_bytes=args.vllm_kv_cache_memory_bytes,
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-        )
+    model = folder_with(processor, base.name_or_path, save)
+    options: dict[str, Any] = {
+        "dtype": _engine_dtype(policy, args),
+        "max_model_len": args.vllm_max_model_length,
+        "temperature": args.temperature,
+        "max_images": max((len(example.images) for example in examples), default=0),
+        "seed": args.seed,
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.vllm_kv_cache_memory_bytes,
+        "tensor_parallel_size": args.vllm_tensor_parallel_size,
+    }
+    if args.vllm_mode == "server":
+        settings = args.server_settings()
+        vllm = engine_options(**options, on_cpu=not torch.cuda.is_available())
+        return ServerEngine(model, vllm, settings, accelerator, tokenizer=tokenizer, **tokens)
+    with model as folder:
+        return VllmEngine(folder, **options, **tokens)
+
+
+def check_versions(completions: Sequence[Sequence[Completion]], version: int) -> None:
+    """Raises RuntimeError where a completion was not sampled with the weights of this step: nothing may train on it."""
+    found = {completion.weight_version for group in completions for completion in group}
+    if found - {version}:
+        raise RuntimeError(f"the rollout engine answered with weights of step {sorted(map(str, found))}, not {version}")
 
 
 def _engine_dtype(policy: nn.Module, args: GRPOConfig) -> str:

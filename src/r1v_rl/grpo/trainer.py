@@ -22,6 +22,7 @@ from r1v_rl.grpo.evaluation import GroundingEvery, HeldoutEvaluation
 from r1v_rl.grpo.loss import LossInputs, LossStats, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
 from r1v_rl.grpo.policy import (
+    check_versions,
     frozen_vision,
     make_engine,
     prepare_models,
@@ -164,6 +165,8 @@ class GRPOTrainer(HeldoutEvaluation):
         with self.metrics.timed("generate"):
             seed = generation_seed(self.args.seed, generation, rank)
             completions = self.engine.generate(prompts, self._sampling(), seed=seed)
+        self.metrics.add_engine(self.engine)
+        check_versions(completions, self.state.global_step)
         groups = [
             RolloutGroup(p.example, p.prompt_ids, c, self.state.global_step)
             for p, c in zip(prompts, completions, strict=True)
@@ -261,13 +264,13 @@ class GRPOTrainer(HeldoutEvaluation):
                 self.processing_class,
                 self.args,
                 [*self.train_examples, *(self.eval_examples or []), *itertools.chain(*self.eval_sets.values())],
-                shards=shards_weights(self.accelerator),
+                self.accelerator,
             )
         return self._engine
 
     def _sync_engine(self) -> None:
         if self._engine_version != self.state.global_step:
-            self.engine.sync_weights(self.accelerator.unwrap_model(self.model))
+            self.engine.sync_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
             self._engine_version = self.state.global_step
 
     def _sampling(self) -> Sampling:

@@ -155,16 +155,19 @@ def _work(args: Any, lengths: Lengths) -> Work:
 
 
 def _sampler_memory(args: Any, shape: Shape, dtype: str, device_memory: float | None) -> dict[str, float]:
-    """What vLLM takes in the same process."""
+    """What vLLM takes where the run is: in the same process, or in servers that share its devices."""
     if not getattr(args, "use_vllm", False):
+        return {}
+    count = args.vllm_num_servers if args.vllm_mode == "server" else 1
+    if args.vllm_mode == "server" and (args.vllm_server_base_url or args.vllm_server_devices):
         return {}
     weights = sum(shape.parameters.values()) * BYTES[dtype] / args.vllm_tensor_parallel_size
     if device_memory is None:
-        return {"vLLM": weights + (args.vllm_kv_cache_memory_bytes or 0) + VLLM_PROCESS}
-    share = args.vllm_gpu_memory_utilization * device_memory
-    if weights > share:
+        return {"vLLM": count * (weights + (args.vllm_kv_cache_memory_bytes or 0) + VLLM_PROCESS)}
+    share = count * args.vllm_gpu_memory_utilization * device_memory
+    if count * weights > share:
         raise RecipeError(
-            f"it does not fit: vLLM holds {weights / 1e9:.0f} GB of weights on each device, its share is "
+            f"it does not fit: vLLM holds {count * weights / 1e9:.0f} GB of weights on each device, its share is "
             f"{share / 1e9:.0f} GB. Raise `vllm_tensor_parallel_size` (now {args.vllm_tensor_parallel_size}) or "
             f"`vllm_gpu_memory_utilization` (now {args.vllm_gpu_memory_utilization:g})"
         )

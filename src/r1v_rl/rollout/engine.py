@@ -45,10 +45,14 @@ class Sampling:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples completions. Implementations: `rollout.hf` (reference) and `rollout.vllm_inprocess`."""
+    """Samples completions. Implementations: `rollout.hf` (reference), `rollout.vllm_inprocess`, `rollout.servers`."""
 
-    def sync_weights(self, policy: nn.Module) -> None:
-        """Take over the policy's present weights, and forget everything computed with older ones."""
+    def sync_weights(self, policy: nn.Module, version: int = 0) -> None:
+        """Take over the policy's present weights, and forget everything computed with older ones.
+
+        Args:
+            version: Optimizer steps behind them; every completion that they sample carries it.
+        """
         ...
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:

@@ -37,8 +37,10 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
         self._banned = banned_token_ids
+        self._version: int | None = None
 
-    def sync_weights(self, policy: Any) -> None:
+    def sync_weights(self, policy: Any, version: int = 0) -> None:
+        self._version = version
         if not self._is_twin:
             self._policy = policy
             return
@@ -139,7 +141,9 @@ class TransformersEngine:
         end = next((i + 1 for i, token in enumerate(token_ids) if token in self._eos), None)
         kept = token_ids if end is None else token_ids[:end]
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        return Completion(token_ids=kept, logprobs=[], text=text, is_truncated=end is None)
+        return Completion(
+            token_ids=kept, logprobs=[], text=text, is_truncated=end is None, weight_version=self._version
+        )
 
 
 class _Streamer(TextStreamer):

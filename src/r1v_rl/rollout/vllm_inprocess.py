@@ -10,17 +10,19 @@ import numpy
 import torch
 from torch import nn
 
-from r1v_rl.errors import UserError
 from r1v_rl.models.parts import PARTS
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
+from r1v_rl.rollout.vllm_requests import (
+    CACHE_RESETS,
+    check_prompt,
+    completion,
+    engine_options,
+    sampling_parameters,
+)
 from r1v_rl.rollout.weights import stream_disk_weights, trained_parts
 from r1v_rl.runtime import children_prepared
 from r1v_rl.types import Completion
-
-_BATCHED_TOKENS = 16384
-"""Also vLLM's budget for image features: less would encode one picture of many tiles at a time."""
-_BAN = -100.0  # added to a logit: the token is never drawn, and reported log-probabilities stay the raw ones
 
 
 class VllmEngine:
@@ -59,30 +61,30 @@ class VllmEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if on_cpu:
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the first sampled batch would compile for 9 s
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+            if kv_cache_memory_bytes is None:  # the variable comes before the argument
+                os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         with _random_states_kept(), children_prepared():
             from vllm import LLM
 
-            self._llm = LLM(
-                model=model,
+            options = engine_options(
                 dtype=dtype,
                 max_model_len=max_model_len,
                 seed=seed,
-                enforce_eager=on_cpu,
+                temperature=temperature,
+                max_images=max_images,
                 gpu_memory_utilization=gpu_memory_utilization,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
                 tensor_parallel_size=tensor_parallel_size,
-                limit_mm_per_prompt={"image": max_images} if max_images else None,
-                logprobs_mode="raw_logprobs" if temperature in (0.0, 1.0) else "processed_logprobs",
-                max_num_batched_tokens=_BATCHED_TOKENS,
-                disable_log_stats=True,
+                on_cpu=on_cpu,
             )
+            self._llm = LLM(model=model, disable_log_stats=True, **options)
 
         self._tokenizer = self._llm.get_tokenizer()
         self._policy: weakref.ref | None = None
+        self._version: int | None = None
 
-    def sync_weights(self, policy: nn.Module) -> None:
+    def sync_weights(self, policy: nn.Module, version: int = 0) -> None:
         """The first time everything, then what trains: a frozen tower, or the language model where the projector alone
         trains, stays where it is."""
         known = self._policy is not None and self._policy() is policy
@@ -90,13 +92,12 @@ class VllmEngine:
         self._policy = weakref.ref(policy)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.reset_caches()
+        self._version = version
 
     def reset_caches(self) -> None:
-        """Forget prefixes and image features of older weights. The three go together: with one of them left, features
-        are looked up that are no longer there, or old ones are used."""
-        self._llm.reset_prefix_cache()
-        self._llm.reset_mm_cache()
-        self._llm.llm_engine.reset_encoder_cache()
+        """Forget prefixes and image features of older weights."""
+        for reset in CACHE_RESETS:
+            getattr(self._llm.llm_engine, reset)()
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         requests = [self._request(prompt) for prompt in prompts]
@@ -105,7 +106,7 @@ class VllmEngine:
             parameters = [self._parameters(sampling, *limits) for limits in sampling.limits(len(prompts))]
             outputs = self._llm.generate(requests, parameters, use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
-            _check_prompt(prompt, output)
+            check_prompt(prompt, output.prompt_token_ids)
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
 
     def stream(
@@ -128,7 +129,7 @@ class VllmEngine:
                 engine.abort_request([request_id])
                 raise
         assert output is not None
-        _check_prompt(prompt, output)
+        check_prompt(prompt, output.prompt_token_ids)
         return self._completion(output.outputs[0])
 
     def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
@@ -154,39 +155,12 @@ class VllmEngine:
     def _parameters(self, sampling: Sampling, max_tokens: int, repetition_penalty: float, *, detokenize: bool = False):
         from vllm import SamplingParams
 
-        return SamplingParams(
-            **{
-                "n": sampling.num_generations,
-                "max_tokens": max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": sampling.min_p or 0.0,
-                "repetition_penalty": repetition_penalty,
-                "logprobs": 0,
-                "flat_logprobs": True,
-                "detokenize": detokenize,  # token by token it costs more than the tiny model itself
-                "logit_bias": dict.fromkeys(self._banned, _BAN) or None,
-                **sampling.extra,
-            }
-        )
+        given = sampling_parameters(sampling, max_tokens, repetition_penalty, self._banned)
+        return SamplingParams(**{"flat_logprobs": True, **given, "detokenize": detokenize or given["detokenize"]})
 
     def _completion(self, sample) -> Completion:
-        token_ids = list(sample.token_ids)
-        return Completion(
-            token_ids=token_ids,
-            logprobs=list(sample.logprobs.logprobs),
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
-            is_truncated=not token_ids or token_ids[-1] not in self._eos,
-        )
-
-
-def _check_prompt(prompt: EncodedPrompt, output) -> None:
-    if list(output.prompt_token_ids) != prompt.prompt_ids:
-        raise UserError(
-            f"row {prompt.example.id}: vLLM reads the prompt as {len(output.prompt_token_ids)} tokens, the policy as "
-            f"{len(prompt.prompt_ids)}: the processor in the model folder differs from the one in use"
-        )
+        ids, logprobs = list(sample.token_ids), list(sample.logprobs.logprobs)
+        return completion(self._tokenizer, self._eos, ids, logprobs, self._version)
 
 
 @contextmanager

@@ -1,0 +1,240 @@
+"""GRPO with two real vLLM servers that the run starts: the policy's log-probabilities after every update, prompts
+shared out, one server stopped and replaced, nothing reachable without the key, nothing left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from grpo.tiny_run import ROWS, make_trainer
+from random_vlm import save_random_vlm
+
+from r1v_rl.data.dataset import examples_from_rows
+from r1v_rl.grpo.batch import model_inputs, score
+from r1v_rl.models.parts import part_of
+from r1v_rl.rollout.engine import Sampling
+from r1v_rl.rollout.hf import TransformersEngine
+from r1v_rl.rollout.prompts import encode_prompt, placeholder_ids
+from r1v_rl.rollout.server_side import _tensors
+from r1v_rl.tracking.metrics import read_metrics
+
+SERVERS = {
+    "use_vllm": True, "vllm_mode": "server", "vllm_num_servers": 2, "vllm_kv_cache_memory_bytes": 2**27,
+    "vllm_max_model_length": 256, "save_strategy": "no", "rollout_timeout_s": 15.0, "vllm_server_timeout": 500.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_vlm(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def trainer(model, tmp_path_factory):
+    """A run of 12 steps; its servers stay for the tests that follow."""
+    trainer = make_trainer(model, tmp_path_factory.mktemp("run"), max_steps=12, **SERVERS)
+    trainer.train()
+    yield trainer
+    trainer.engine.close()
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [line[name] for line in read_metrics(trainer.args.output_dir) if name in line]
+
+
+def differences(trainer) -> list[float]:
+    return logged(trainer, "sampling/sampling_logp_difference/max")
+
+
+def get(url: str, key: str | None = None, method: str = "GET") -> tuple[int, bytes]:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+
+
+def prompts_of(trainer):
+    examples = examples_from_rows(ROWS[:4], images_without_marks="prepend", answer_required=False)
+    return [encode_prompt(trainer.processing_class, example, device="cpu") for example in examples]
+
+
+def group_pids(leader: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == leader and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_logprobs_are_the_policys_after_every_update(trainer):
+    assert len(differences(trainer)) == 12
+    assert max(differences(trainer)) <= 1e-4
+
+
+def test_two_servers_split_the_work(trainer):
+    assert logged(trainer, "rollout/servers") == [2.0] * 12 and set(logged(trainer, "rollout/retries")) == {0.0}
+    texts = [get(f"{url}/metrics", trainer.engine._key)[1].decode() for url in trainer.engine._urls]
+    done = [
+        sum(float(x.split()[-1]) for x in t.splitlines() if x.startswith("vllm:generation_tokens_total{"))
+        for t in texts
+    ]
+    assert min(done) > 0.3 * sum(done)
+
+
+def test_only_what_trains_is_handed_over_again(trainer):
+    """Projector and language model, whole; the files of earlier steps are gone."""
+    weights = trainer.engine._weights
+    names = {kind: [name for name, _ in _tensors(list(getattr(weights, kind)))] for kind in ("trained", "frozen")}
+    assert {part_of(name) for name in names["trained"]} == {"projector", "language_model"}
+    assert {part_of(name) for name in names["frozen"]} == {"vision_encoder"}
+    kept = sorted(str(path) for path in trainer.engine._folder.path.iterdir())
+    assert kept == sorted([*weights.trained, *weights.frozen])
+
+
+def test_every_completion_carries_what_the_trainer_needs(trainer):
+    trainer._engine_version = None
+    trainer._sync_engine()
+    prompts, sampling = prompts_of(trainer), Sampling(num_generations=3, max_tokens=8)
+    groups = trainer.engine.generate(prompts, sampling, seed=5)
+    again, other = (trainer.engine.generate(prompts, sampling, seed=seed) for seed in (5, 6))
+    tokens = [[c.token_ids for c in group] for group in groups]
+    assert tokens == [[c.token_ids for c in group] for group in again]
+    assert tokens != [[c.token_ids for c in group] for group in other]
+    assert all(len(set(map(tuple, group))) > 1 for group in tokens), "the completions of a group differ"
+    for completion in (c for group in groups for c in group):
+        assert len(completion.logprobs) == len(completion.token_ids) <= 8
+        assert completion.weight_version == trainer.state.global_step == 12
+        assert not set(completion.token_ids) & set(placeholder_ids(trainer.model.config))
+
+
+def test_answers_and_logprobs_of_given_texts_are_those_of_transformers(trainer):
+    """The slow twin."""
+    eos, banned = sorted(trainer.engine._eos), placeholder_ids(trainer.model.config)
+    slow = TransformersEngine(trainer.model, trainer._tokenizer, eos_token_ids=eos, banned_token_ids=banned)
+    greedy, prompts = Sampling(num_generations=1, max_tokens=8, temperature=0.0), prompts_of(trainer)
+    answers = [[g[0].token_ids for g in engine.generate(prompts, greedy, seed=0)] for engine in (trainer.engine, slow)]
+    assert answers[0] == answers[1]
+    texts = [[50, 60, 70], [80], [90, 100], [110]]
+    fast, twin = (engine.token_logprobs(prompts, texts) for engine in (trainer.engine, slow))
+    for found, wanted in zip(fast, twin, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_every_path_needs_the_key(trainer):
+    """The development paths too, which vLLM's own check leaves open."""
+    url, key = trainer.engine._urls[0], trainer.engine._key
+    paths = json.loads(get(f"{url}/openapi.json", key)[1])["paths"]
+    assert {"/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/pause", "/v1/models"} <= paths.keys()
+    for path, methods in paths.items():
+        for method in methods:
+            assert get(url + path, None, method.upper())[0] == get(url + path, "wrong", method.upper())[0] == 401, path
+    assert get(f"{url}/openapi.json")[0] == get(f"{url}/health")[0] == 401 and get(f"{url}/health", key)[0] == 200
+
+
+def test_the_key_is_seen_nowhere(trainer):
+    key = trainer.engine._key.encode()
+    for server in trainer.engine._keeper.servers:
+        for pid in group_pids(server.process.pid):
+            assert key not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    files = [path for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()]
+    assert any(path.name == "server-0.log" for path in files)
+    assert not [path for path in files if key in path.read_bytes()]
+
+
+def test_without_the_cache_resets_they_are_not(trainer, model, tmp_path, monkeypatch):
+    """Planted: prefixes computed with older weights are used on."""
+    monkeypatch.setattr("r1v_rl.rollout.server_client.CACHE_RESETS", ())
+    long_question = [{"role": "user", "content": "How many red circles? " * 30}]
+    rows = [{**row, "prompt": long_question, "images": []} for row in ROWS]
+    stale = make_trainer(model, tmp_path, rows=rows, max_steps=6, **SERVERS)
+    stale._engine = trainer.engine
+    stale.train()
+    monkeypatch.undo()
+    assert max(differences(stale)) > 1e-3
+
+
+def test_a_stopped_server_is_left_out_and_replaced(trainer):
+    """SIGSTOP to all of its processes amid a rollout: the other one answers what it had in hand; then it is killed,
+    started again, and holds the policy's weights, which are not those of its folder, before it is asked."""
+    trainer._engine_version = None
+    trainer._sync_engine()
+    server, other = trainer.engine._keeper.servers
+    process = server.process
+    stopping = threading.Thread(target=stop_when_busy, args=(server.url, trainer.engine._key, process.pid))
+    stopping.start()
+    groups = trainer.engine.generate(prompts_of(trainer), Sampling(num_generations=8, max_tokens=150), seed=3)
+    stopping.join()
+    assert [len(group) for group in groups] == [8] * 4
+    assert trainer.engine.metrics["rollout/servers"] == 1.0 and trainer.engine.metrics["rollout/retries"] == 2.0
+    until = time.monotonic() + 400
+    while not (server.process is not process and server.holds == other.holds) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert server.holds == other.holds == trainer.engine._weights.version and server.process.pid != process.pid
+    assert process.poll() == -signal.SIGKILL and not group_pids(process.pid)
+    os.killpg(other.process.pid, signal.SIGSTOP)  # so that the new one answers everything
+    try:
+        batch = trainer._rollout(20)
+    finally:
+        os.killpg(other.process.pid, signal.SIGCONT)
+    assert_parity(trainer, batch)
+
+
+def stop_when_busy(url: str, key: str, leader: int) -> None:
+    while not re.search(rb"^vllm:num_requests_running\{.*\} [1-9]", get(f"{url}/metrics", key)[1], re.MULTILINE):
+        pass
+    os.killpg(leader, signal.SIGSTOP)
+
+
+def assert_parity(trainer, batch) -> None:
+    with torch.no_grad():
+        inputs = model_inputs(batch, range(8), pad_token_id=0, device="cpu", share_prefix=False)
+        logprobs, _ = score(trainer.model, inputs)
+    for row, mask, sampled in zip(logprobs, inputs.token_mask, batch.sampler_logprobs, strict=True):
+        assert (row[mask] - sampled).abs().max() <= 1e-4
+
+
+def test_nothing_is_left_when_the_engine_is_closed(trainer):
+    """The last test of the file that uses the servers."""
+    engine = trainer.engine
+    leaders = [server.process.pid for server in engine._keeper.servers]
+    folder, urls = engine._folder.path, engine._urls
+    engine.close()
+    assert not [pid for leader in leaders for pid in group_pids(leader)]
+    assert not folder.exists()
+    for url in urls:
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_server_ends_with_a_run_that_is_killed(tmp_path):
+    """SIGKILL leaves no chance to say goodbye."""
+    source = (
+        "import time; from pathlib import Path; from r1v_rl.rollout.vllm_server import start_server\n"
+        f"log = Path({str(tmp_path)!r}, 'log')\n"
+        "print(start_server('m', ['m'], {}, port=1, key='k', takes_weights=True, log=log).pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+    leader = int(run.stdout.readline())
+    assert group_pids(leader)
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 10
+    while group_pids(leader) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not group_pids(leader)
