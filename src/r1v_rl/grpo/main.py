@@ -126,15 +126,16 @@ def _accuracy_before(trainer: GRPOTrainer, resume: str | bool | None) -> Accurac
         found = json.loads(path.read_text()).get("accuracy_before") if path.exists() else None
         return Accuracy(**found) if found else None
     before = trainer.heldout_accuracy()
-    print(f"held-out accuracy before training: {before}", flush=True)
     if trainer.accelerator.is_main_process:
+        print(f"held-out accuracy before training: {before}", flush=True)
         path.write_text(json.dumps({"accuracy_before": asdict(before)}) + "\n")
     return before
 
 
 def _measure(trainer: GRPOTrainer, before: Accuracy | None, started: float) -> dict:
-    """What the run reached on held-out rows, with pictures and with blank ones."""
+    """What the run reached on held-out rows, with pictures and with blank ones; the first process says it."""
     summary: dict = {}
+    said: list[str] = []
     if trainer.eval_examples:
         after, blank = trainer.heldout_accuracy(), trainer.heldout_accuracy(blank=True)
         summary = {
@@ -148,15 +149,14 @@ def _measure(trainer: GRPOTrainer, before: Accuracy | None, started: float) -> d
         if templates:
             summary["chance_accuracy"] = chance_accuracy(templates)
             lines["best constant answers"] = f"{100 * summary['chance_accuracy']:.1f} %"
-        print(f"\nheld-out accuracy, greedy, {len(trainer.eval_examples)} rows, 95 % interval")
-        for name, value in lines.items():
-            print(f"  {name:<24}{'not measured' if value is None else value}")
+        said += [f"\nheld-out accuracy, greedy, {len(trainer.eval_examples)} rows, 95 % interval"]
+        said += [f"  {name:<24}{'not measured' if value is None else value}" for name, value in lines.items()]
     if trainer.args.grounding_every:
         summary["grounding"] = trainer.grounding()
-        for line in grounding_lines(summary["grounding"]):
-            print(f"  {line}")
+        said += [f"  {line}" for line in grounding_lines(summary["grounding"])]
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    print(f"{summary['seconds']:.0f} s in all", flush=True)
+    if trainer.accelerator.is_main_process:
+        print("\n".join([*said, f"{summary['seconds']:.0f} s in all"]), flush=True)
     return summary
 
 

@@ -1,8 +1,10 @@
 """The engines that several processes train with (DDP, FSDP2, DeepSpeed ZeRO), as accelerate was asked for them."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -68,6 +70,9 @@ def prepare_engine(trainer: Trainer) -> None:
                 "with `fsdp_cpu_ram_efficient_loading: true` every process but the first starts without weights, and "
                 "would roll out and see pictures with none: set it to false in the launch file"
             )
+        if plugin.mixed_precision_policy is not None:  # log-probabilities and sums of gradients in bfloat16 are noise
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         plugin.ignored_modules = frozen_modules(trainer.model, accelerator)
         inside = {type(m).__name__ for module in plugin.ignored_modules for m in module.modules()}
         layers = plugin.transformer_cls_names_to_wrap or trainer.model._no_split_modules

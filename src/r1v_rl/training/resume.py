@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,7 +183,7 @@ class ExactResume(Trainer):
             else:
                 load_whole(policy, adapter_weights(policy, resume_from_checkpoint))
         else:
-            dtype = next(policy.parameters()).dtype
+            dtype = reduce(torch.promote_types, {p.dtype for p in policy.parameters()})  # FSDP2 trains in float32
             with whole_models_made():
                 saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=dtype)
             load_whole(policy, saved.state_dict())
