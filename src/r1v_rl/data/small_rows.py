@@ -62,7 +62,8 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
     scenes = {_number(row): row for row in _read(data / "nlvr" / "dev.jsonl")}
     counting = list(_read(data / "nlvr" / "counting_dev.jsonl"))
     puzzles = list(_read(data / "puzzlevqa" / "dev.jsonl"))
-    train, heldout = [], []
+    train: list[dict[str, Any]] = []
+    heldout: list[dict[str, Any]] = []
     for row in counting:
         if (scene := scenes.get(_number(row))) is None:
             raise DataError(f"row {row['id']}: nlvr/dev.jsonl has no scene of this number")
