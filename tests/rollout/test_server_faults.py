@@ -51,14 +51,13 @@ def always(what, *paths):
     return lambda path, number: what if path in paths or not paths else None
 
 
-def ask(servers: list[FakeServer], count: int = 6, *, timeout_s: float = 1.0):
+def ask(servers: list[FakeServer], count: int = 6, *, timeout_s: float = 1.0, patience_s: float | None = None):
     """Replies to `count` prompts of two completions each, and how often one had to be asked for again."""
 
     async def asked():
         clients = [ServerClient(server.url, "key", timeout_s) for server in servers]
-        dispatch = Dispatch(
-            clients, WEIGHTS.version, first=0, timeout_s=timeout_s, patience_s=timeout_s, watch=lambda: None
-        )
+        limits = {"timeout_s": timeout_s, "patience_s": patience_s or timeout_s}
+        dispatch = Dispatch(clients, WEIGHTS.version, first=0, watch=lambda: None, **limits)
         bodies = [{"token_ids": [1, 2, i], "sampling_params": {"n": 2}} for i in range(count)]
         try:
             return await dispatch.all(bodies, [f"row{i}" for i in range(count)]), dispatch.retries
@@ -127,8 +126,14 @@ def test_a_slow_server_is_waited_for_while_it_gets_further(servers):
 
 def test_a_prompt_that_fails_everywhere_ends_the_run_by_its_row(servers, monkeypatch):
     monkeypatch.setattr("r1v_rl.rollout.dispatch._TRIES", 2)
-    with pytest.raises(UserError, match=r"row row0: no rollout server could answer it in 2 tries.*status 500"):
+    with pytest.raises(UserError, match=r"row row0: no rollout server could answer it, .*status 500"):
         ask(servers(always(500, GENERATE)), 1)
+
+
+def test_a_server_that_hangs_again_and_again_over_a_prompt_is_not_asked_for_ever(servers):
+    """One that says it holds the weights each time, and would be waited for long."""
+    with pytest.raises(UserError, match=r"row row0: no rollout server could answer it, .*no progress for 0\.5 s"):
+        ask(servers(always("hang", GENERATE)), 1, timeout_s=0.5, patience_s=100.0)
 
 
 def test_a_refused_key_is_a_mistake_and_not_retried(servers):

@@ -195,9 +195,11 @@ def test_a_stopped_server_is_left_out_and_replaced(trainer):
 
 
 def stop_when_busy(url: str, key: str, leader: int) -> None:
-    while not re.search(rb"^vllm:num_requests_running\{.*\} [1-9]", get(f"{url}/metrics", key)[1], re.MULTILINE):
-        pass
-    os.killpg(leader, signal.SIGSTOP)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if re.search(rb"^vllm:num_requests_running\{.*\} [1-9]", get(f"{url}/metrics", key)[1], re.MULTILINE):
+            os.killpg(leader, signal.SIGSTOP)
+            return
 
 
 def assert_parity(trainer, batch) -> None:

@@ -14,7 +14,8 @@ _LOOK_S = 1.0
 _FIRST_LOOK_S = 2.0
 """How long the first requests wait for a server that has not said yet what it holds."""
 _TRIES = 5
-"""Of one prompt."""
+_TRIES_OF_A_HANG = 2
+"""Of one prompt, and what it counts that a server hung over it."""
 _AT_ONCE = 512
 """Completions in hand at one server; others wait here, for whichever server is free first."""
 
@@ -125,8 +126,9 @@ class Dispatch:
         except ServerFault as fault:
             await self._again(worker, number, fault)
         except asyncio.CancelledError:  # its server was given up
+            hangs = worker.fault is not None and worker.fault.answers
+            self._failed(worker, number, worker.fault, tries=_TRIES_OF_A_HANG if hangs else 1)
             self._todo.appendleft(number)
-            self.retries += 1
             raise
         except Exception as error:
             self._error = error
@@ -136,20 +138,23 @@ class Dispatch:
 
     async def _again(self, worker: _Worker, number: int, fault: ServerFault) -> None:
         """A failed request waits a little longer each time; its server is looked at anew before it is asked again."""
-        self._tries[number] = tries = self._tries.get(number, 0) + 1
-        self.retries += 1
-        if tries >= _TRIES:
-            self._error = UserError(
-                f"row {self._rows[number]}: no rollout server could answer it in {tries} tries, last at "
-                f"{worker.client.url}: {fault}"
-            )
+        self._failed(worker, number, fault)
         if worker.ready:
             worker.since = time.monotonic()
             self._lose(worker, fault)
         try:
-            await asyncio.sleep(0.25 * 2**tries)
+            await asyncio.sleep(0.25 * 2 ** self._tries[number])
         finally:
             self._todo.appendleft(number)
+
+    def _failed(self, worker: _Worker, number: int, fault: ServerFault | None, tries: int = 1) -> None:
+        self._tries[number] = self._tries.get(number, 0) + tries
+        self.retries += 1
+        if self._tries[number] >= _TRIES:
+            self._error = UserError(
+                f"row {self._rows[number]}: no rollout server could answer it, however often it was asked; last at "
+                f"{worker.client.url}: {fault}"
+            )
 
     def _lose(self, worker: _Worker, fault: ServerFault) -> None:
         worker.ready, worker.fault = False, fault

@@ -119,7 +119,9 @@ class ServerEngine:
         stack = ExitStack()
         self.close = weakref.finalize(self, stack.close)
         """End the run's own servers. Called at the end of the process too."""
-        self._urls, self._key = self._on_main(lambda: self._begin(stack, model, engine_options))
+        # on every process: they write a sharded model together
+        folder = "" if settings.urls else stack.enter_context(model)
+        self._urls, self._key = self._on_main(lambda: self._begin(stack, folder, engine_options))
 
     def sync_weights(self, policy: nn.Module, version: int = 0) -> None:
         """Write what trains (the first time everything) and wait until every server that answers holds it."""
@@ -157,11 +159,10 @@ class ServerEngine:
 
     # ---- servers and weights, on the first process ------------------------------------------------------------------
 
-    def _begin(self, stack: ExitStack, model: AbstractContextManager[str], options: dict[str, Any]) -> tuple:
+    def _begin(self, stack: ExitStack, folder: str, options: dict[str, Any]) -> tuple[list[str], str | None]:
         settings = self._settings
         servers = [Server(url.rstrip("/")) for url in settings.urls]
         if not servers:
-            folder = stack.enter_context(model)
             servers = [self._own_server(number, folder, options) for number in range(settings.num_servers)]
         self._folder = WeightFolder(settings.weight_folder)
         stack.callback(self._folder.remove)
