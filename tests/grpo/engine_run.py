@@ -48,10 +48,10 @@ class RecordedRollouts:
     equal ones: a process may have nothing that moves the weights, and the other has."""
 
     def __init__(self, vocabulary: int):
-        self._vocabulary, self._rollouts = vocabulary, 0
+        self._vocabulary, self._rollouts, self._version = vocabulary, 0, 0
 
-    def sync_weights(self, policy: Any) -> None:
-        pass
+    def sync_weights(self, policy: Any, version: int = 0) -> None:
+        self._version = version
 
     def generate(self, prompts: list, sampling: Any, *, seed: int) -> list[list[Completion]]:
         self._rollouts += 1
@@ -66,7 +66,7 @@ class RecordedRollouts:
         generator = torch.Generator().manual_seed(1000 * self._rollouts + 10 * row + number)
         length = int(torch.randint(1, 7, (), generator=generator))
         ids = torch.randint(300, self._vocabulary, (length,), generator=generator).tolist()
-        return Completion(token_ids=ids, logprobs=[], text="", is_truncated=False)
+        return Completion(token_ids=ids, logprobs=[], text="", is_truncated=False, weight_version=self._version)
 
 
 def make_trainer(engine: str | None, model: Path, output_dir: Path, changes: dict) -> GRPOTrainer:
