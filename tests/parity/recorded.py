@@ -50,6 +50,9 @@ class RecordedEngine:
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         return [self._completions[prompt.example.id] for prompt in prompts]
 
+    def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
+        raise NotImplementedError
+
 
 class Recording:
     """Four prompts of mixed tile counts, completions of mixed lengths, sampler log-probabilities near the policy's."""
