@@ -73,3 +73,14 @@ def test_ids_are_unique_in_every_file(written):
     for name in ("align", "sft", "counting_train", "counting_heldout"):
         ids = [row["id"] for row in rows_of(written, name)]
         assert len(ids) == len(set(ids)), name
+
+
+@pytest.mark.parametrize(("file", "name"), [("dev", "dev-1572-0-9.png"), ("counting_dev", "dev-1572-0-1.png")])
+def test_a_picture_of_an_unknown_order_is_named(tmp_path, file, name):
+    shutil.copytree(ASSETS, tmp_path / "assets")
+    path = tmp_path / "assets" / "nlvr" / f"{file}.jsonl"
+    text = path.read_text()
+    assert "dev-1572-0-0.png" in text
+    path.write_text(text.replace("dev-1572-0-0.png", name))
+    with pytest.raises(DataError, match=rf"row nlvr.*{name}"):
+        small_rows.small_rows(tmp_path / "assets")

@@ -31,6 +31,8 @@ DESCRIBE = "Describe the picture."
 INSTRUCTION = "Think step by step inside <think> and </think>, then give the answer inside \\boxed{}."
 BOXES, BOX, STEP = 3, 100, 150
 """Boxes of a picture; their side, and from one's left edge to the next one's, in pixels."""
+ORDERS = {str(number): order for number, order in enumerate(itertools.permutations(range(BOXES)))}
+"""Last number of a picture's name -> which of the record's boxes it shows, from left to right."""
 HELDOUT_ONE_IN = 4
 """One picture of NLVR in four is held out, of captions too."""
 
@@ -102,8 +104,10 @@ def write_pictures(data: Path, out: Path) -> None:
 
 def shown_boxes(row: Row) -> list[Sequence[Row]]:
     """What is in the picture's boxes, from left to right; `dev-1572-0-5.png` has the last of the six orders."""
-    order = int(row["images"][0].rpartition("-")[2].removesuffix(".png"))
-    return [row["structured_rep"][box] for box in list(itertools.permutations(range(3)))[order]]
+    order = Path(row["images"][0]).stem.rpartition("-")[2]
+    if order not in ORDERS:
+        raise DataError(f"row {row['id']}: {row['images'][0]} must end on the number, 0 to 5, of its boxes' order")
+    return [row["structured_rep"][box] for box in ORDERS[order]]
 
 
 def scene_caption(boxes: Sequence[Sequence[Row]]) -> str:
@@ -128,6 +132,8 @@ def _counting_row(row: Row, scene: Row) -> dict[str, Any]:
     chain, count = worked_count(shown_boxes(scene), wanted)
     if str(count) != row["answer"]:
         raise DataError(f"row {row['id']}: the scene's record has {count} {wanted}, the answer says {row['answer']}")
+    if row["images"] != scene["images"]:
+        raise DataError(f"row {row['id']}: asks about {row['images'][0]}, its scene's picture is {scene['images'][0]}")
     return _row(row, _pictures(row), f"{row['problem']} {INSTRUCTION}", answer=str(count)) | {
         "completion": f"<think>{chain}</think>\n\\boxed{{{count}}}"
     }

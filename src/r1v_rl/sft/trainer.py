@@ -194,10 +194,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     ):
         """The weighted mean of the targets' negative log-likelihood, over all rows of the step on every process."""
         mode = "train" if self.model.training else "eval"
-        scored, taken = (
-            Scored(inputs["positions"], inputs["targets"], inputs.get("image_rows")),
-            self._model_inputs(inputs),
-        )
+        scored = Scored(inputs["positions"], inputs["targets"], inputs.get("image_rows"))
+        taken = self._model_inputs(inputs)
         if self._blank is not None:
             self._blank.add_to(taken, scored)
         scores = model(scored=scored, **taken)
