@@ -197,6 +197,16 @@ def fine_tune(engine: str | None, model: Path, folder: Path) -> None:
     trainer.save_model(str(folder / "sft"))
 
 
+def _is_current(trainer: GRPOTrainer) -> bool:
+    """Whether the model that samples has the policy's weights; after "through" it was given them several times."""
+    sampled = trainer.engine._policy
+    if sampled is trainer.model:
+        return True
+    merged = dict(itertools.chain.from_iterable(block.items() for block in merged_weights(trainer.model)))
+    own = (sampled.get_base_model() if hasattr(sampled, "peft_config") else sampled).state_dict()
+    return {n: tensor_hash(t) for n, t in own.items()} == {n: tensor_hash(t) for n, t in merged.items()}
+
+
 def roll_out_and_resume(engine: str | None, model: Path, folder: Path, changes: dict) -> None:
     """A run whose rollouts are its own, and the same from its checkpoint in the middle of a generation; what is seen
     is written by every process."""
@@ -204,20 +214,15 @@ def roll_out_and_resume(engine: str | None, model: Path, folder: Path, changes: 
         "recorded": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 3, "steps_per_generation": 2,
         "learning_rate": 5e-2, **changes,
     }  # fmt: skip
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"is_current": True}
     for name in ("through", "again"):
         trainer = make_trainer(engine, model, folder, settings)
         before = trainer.heldout_accuracy() if name == "through" else None
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name == "again" else None)
         seen[name] = trainer._weight_hash()
         seen["before"] = seen.get("before") or str(before)
-    answers = [row.completion.token_ids for row in trainer.heldout_answers()]
-    seen["answers"] = answers
-    merged = dict(itertools.chain.from_iterable(block.items() for block in merged_weights(trainer.model)))
-    sampled = trainer.engine._policy
-    own = (sampled.get_base_model() if hasattr(sampled, "peft_config") else sampled).state_dict()
-    whole = {name: tensor_hash(tensor) for name, tensor in merged.items()}
-    seen["is_current"] = sampled is trainer.model or {n: tensor_hash(t) for n, t in own.items()} == whole
+        seen["answers"] = [row.completion.token_ids for row in trainer.heldout_answers()]
+        seen["is_current"] &= _is_current(trainer)
     trainer.save_model(str(folder / "model"))
     rank = trainer.accelerator.process_index
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
