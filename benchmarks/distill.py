@@ -175,7 +175,7 @@ def _data(options: argparse.Namespace, folder: Path, seed: int) -> dict:
         dataset_name="scenes", dataset_size=options.train_rows, dataset_kwargs="{num_images: 1}", seed=seed,
         assessment="rules", alpha=options.alpha, num_generations=4, temperature=1.0, top_p=1.0,
         max_completion_length=160, answer_kind="text", dtype="float32", vllm_kv_cache_memory_bytes=2**28,
-        serve_model="tiny/reasoning_llm", reviser_model="teacher", reviser_prompt="{written}",
+        serve_model="tiny/reasoning_llm", reviser_model="teacher", reviser_prompt="{written}", judge_images=False,
         serve_kwargs="{dtype: float32, enforce-eager: true, max-model-len: 1024}",
         reviser_kwargs="{temperature: 0.7, max_completion_tokens: 200}",
     )  # fmt: skip
