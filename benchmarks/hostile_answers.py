@@ -84,18 +84,8 @@ def _run(runner, function):
 
 
 def _ranks(options: argparse.Namespace) -> int:
-    launch = [
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, __file__]
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no", __file__]
     command += ["--data", str(options.data), "--deadline", str(options.deadline), "--runners", "main"]
     return subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}).returncode
 
