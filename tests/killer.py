@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import r1v_rl  # isort: skip  # noqa: F401  (prepares a spawned process before torchvision is imported)
 from transformers import TrainerCallback
 
 
