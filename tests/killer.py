@@ -1,6 +1,7 @@
 """Ends a training run by SIGKILL at a chosen moment: what a test of resume begins with."""
 
 import os
+import resource
 import signal
 import sys
 
@@ -9,7 +10,10 @@ from transformers import TrainerCallback
 
 
 class Killer(TrainerCallback):
-    """SIGKILL to itself: after a step and its save, before the save, or at the n-th file the save opens to write."""
+    """SIGKILL to itself: after a step and its save, before the save, or at the n-th file the save opens to write.
+
+    `full disk` kills nobody: from that save on files end after 50,000 bytes, as they do where no space is left.
+    """
 
     def __init__(self, step: int, moment: str, nth: int = 0):
         self.step, self.moment, self.nth = step, moment, nth
@@ -20,6 +24,8 @@ class Killer(TrainerCallback):
             return
         if self.moment == "before save":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.moment == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         if self.moment == "inside save":
             sys.addaudithook(self._audit)
 

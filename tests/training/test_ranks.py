@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,9 +47,103 @@ def test_ranks_that_are_done_end_each_in_their_own_time(tmp_path):
     assert codes == [0, 0], said
 
 
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    store = a_store()
+    context = multiprocessing.get_context("fork")
+    launcher = context.Process(target=launch, args=(store.port, tmp_path))
+    launcher.start()
+    wait_until(lambda: (tmp_path / "struck").exists())
+    launcher.kill()
+    pids = [int(pid_of(tmp_path, rank)) for rank in (0, 1)]
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids)) < 15
+    assert all("the launcher was killed. Rank" in (tmp_path / f"{rank}.log").read_text() for rank in (0, 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_one_rank_hears_stops_all_after_the_same_step(tmp_path, number):
+    store = a_store()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=steps, args=(rank, store.port, tmp_path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    wait_until(lambda: (tmp_path / "struck").exists())
+    os.kill(ranks[1].pid, number)
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    ended = [(tmp_path / f"{rank}.ended").read_text() for rank in (0, 1)]
+    assert ended[0] == ended[1] and ended[0].startswith(f"{int(number)} after step ")
+
+
+def test_accelerate_launch_ends_soon_after_a_rank_is_stopped(tmp_path):
+    """Not after torchrun's 30 s for a process that heeds no signal; nothing stays, the port is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(port), __file__, str(tmp_path)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        wait_until(lambda: (tmp_path / "struck").exists() or run.poll() is not None)
+        started = time.monotonic()
+        output, _ = run.communicate(timeout=120)
+        seconds = time.monotonic() - started
+    assert run.returncode == 1, output
+    said = (tmp_path / "0.log").read_text()
+    assert f"rank 1 (process {pid_of(tmp_path, 1)} on " in said and "was stopped (SIGSTOP)" in said
+    assert "exitcode  : -9" in output or "Signal 9 (SIGKILL)" in output, output
+    assert not any(Path(f"/proc/{pid_of(tmp_path, rank)}").exists() for rank in (0, 1))
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+    assert seconds < 15
+
+
+def a_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def wait_until(condition: Callable[[], bool]) -> float:
+    """Seconds until it holds."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < 120
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def launch(port: int, folder: Path) -> None:
+    for rank in (0, 1):
+        if os.fork() == 0:
+            child(rank, port, folder, "nothing", "busy")
+    signal.pause()
+
+
+def steps(rank: int, port: int, folder: Path) -> None:
+    """A training loop as far as signals go."""
+    from transformers import TrainerControl
+
+    from r1v_rl.training.signals import StopOnSignal
+
+    join(rank, port)
+    stop, control, step = StopOnSignal(), TrainerControl(), 0
+    stop.on_train_begin(None, None, control)
+    while not control.should_training_stop:
+        time.sleep(0.05)
+        step += 1
+        stop.on_step_end(SimpleNamespace(device="cpu"), None, control)
+        if step == 3:
+            (folder / "struck").touch()
+    assert control.should_save
+    (folder / f"{rank}.ended").write_text(f"{stop.received} after step {step}")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
 def run(folder: Path, way: str, survivor: str) -> tuple[float, list[int | None], list[str]]:
     """Seconds that rank 0 lived on, exit codes, and what was said."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = a_store()
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=child, args=(rank, store.port, folder, way, survivor)) for rank in (0, 1)]
     for rank in ranks:
@@ -72,9 +169,7 @@ def pid_of(folder: Path, rank: int) -> str:
 def child(rank: int, port: int, folder: Path, way: str, survivor: str) -> None:
     sys.stdout = sys.stderr = open(folder / f"{rank}.log", "w", buffering=1)  # noqa: SIM115
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    torch.distributed.init_process_group("gloo")
+    join(rank, port)
     try:
         with watched_ranks(SimpleNamespace(rank_timeout_s=1.0, output_dir=str(folder))):
             with watched_ranks(None):  # one inside of another is nothing
@@ -96,7 +191,15 @@ def child(rank: int, port: int, folder: Path, way: str, survivor: str) -> None:
     os._exit(0)
 
 
+def join(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    torch.distributed.init_process_group("gloo")
+
+
 def struck(way: str) -> None:
+    if way == "nothing":
+        time.sleep(60)
     if way == "gone at once":
         os._exit(3)
     if way == "killed":
@@ -107,3 +210,7 @@ def struck(way: str) -> None:
         raise RuntimeError("out of luck")
     if way == "mistaken":
         raise UserError("a key is wrong")
+
+
+if __name__ == "__main__":
+    child(int(os.environ["RANK"]), int(os.environ["MASTER_PORT"]), Path(sys.argv[1]), "stopped", "in a collective")
