@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"r1v-rl {name}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except RankError as error:
-        print(f"r1v-rl {name}: error: {error}", file=sys.stderr)
+    except RankError:  # it has been said
         return EXIT_FAULT
     except KeyboardInterrupt:
         print(f"r1v-rl {name}: interrupted", file=sys.stderr)

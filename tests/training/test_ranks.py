@@ -8,16 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed
-from torch.distributed import TCPStore
+from training.bare_rank import a_store, child, join
 
-from r1v_rl.errors import RankError, UserError
-from r1v_rl.training.ranks import watched_ranks
+from r1v_rl.training.signals import StopOnSignal
 
 WAYS = {
     "killed": (-signal.SIGKILL, "was killed, by a signal or by the kernel for want of memory (`dmesg`)"),
@@ -82,7 +80,7 @@ def test_accelerate_launch_ends_soon_after_a_rank_is_stopped(tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), __file__, str(tmp_path)]
+    command += ["--main_process_port", str(port), str(Path(__file__).with_name("bare_rank.py")), str(tmp_path)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         wait_until(lambda: (tmp_path / "struck").exists() or run.poll() is not None)
@@ -98,10 +96,6 @@ def test_accelerate_launch_ends_soon_after_a_rank_is_stopped(tmp_path):
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))
     assert seconds < 15
-
-
-def a_store() -> TCPStore:
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
 
 def wait_until(condition: Callable[[], bool]) -> float:
@@ -122,12 +116,8 @@ def launch(port: int, folder: Path) -> None:
 
 def steps(rank: int, port: int, folder: Path) -> None:
     """A training loop as far as signals go."""
-    from transformers import TrainerControl
-
-    from r1v_rl.training.signals import StopOnSignal
-
     join(rank, port)
-    stop, control, step = StopOnSignal(), TrainerControl(), 0
+    stop, control, step = StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False), 0
     stop.on_train_begin(None, None, control)
     while not control.should_training_stop:
         time.sleep(0.05)
@@ -164,53 +154,3 @@ def run(folder: Path, way: str, survivor: str) -> tuple[float, list[int | None],
 
 def pid_of(folder: Path, rank: int) -> str:
     return (folder / f"{rank}.pid").read_text()
-
-
-def child(rank: int, port: int, folder: Path, way: str, survivor: str) -> None:
-    sys.stdout = sys.stderr = open(folder / f"{rank}.log", "w", buffering=1)  # noqa: SIM115
-    (folder / f"{rank}.pid").write_text(str(os.getpid()))
-    join(rank, port)
-    try:
-        with watched_ranks(SimpleNamespace(rank_timeout_s=1.0, output_dir=str(folder))):
-            with watched_ranks(None):  # one inside of another is nothing
-                torch.distributed.barrier()
-            if rank == 1:
-                (folder / "struck").touch()
-                struck(way)
-            elif survivor == "in a collective":
-                torch.distributed.barrier()
-            else:
-                time.sleep(4 if survivor == "busy for four seconds" else 60)
-    except RankError as error:
-        print(f"r1v-rl: error: {error}")
-        os._exit(1)
-    except UserError:
-        os._exit(2)
-    except RuntimeError:
-        os._exit(1)
-    os._exit(0)
-
-
-def join(rank: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    torch.distributed.init_process_group("gloo")
-
-
-def struck(way: str) -> None:
-    if way == "nothing":
-        time.sleep(60)
-    if way == "gone at once":
-        os._exit(3)
-    if way == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if way.startswith("stopped"):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if way == "failed":
-        raise RuntimeError("out of luck")
-    if way == "mistaken":
-        raise UserError("a key is wrong")
-
-
-if __name__ == "__main__":
-    child(int(os.environ["RANK"]), int(os.environ["MASTER_PORT"]), Path(sys.argv[1]), "stopped", "in a collective")

@@ -20,7 +20,7 @@ import torch.distributed
 from torch.distributed import PrefixStore, TCPStore
 
 from r1v_rl.checkpoints import checkpoint_folders
-from r1v_rl.errors import RankError, UserError
+from r1v_rl.errors import RankError
 from r1v_rl.tracking.redaction import redact
 
 _POLL_S = 0.5
@@ -42,7 +42,7 @@ def watched_ranks(args: Any) -> Iterator[None]:
         args: The recipe: `rank_timeout_s`, `output_dir`.
 
     Raises:
-        RankError: If another rank was lost, in place of what that did to this one.
+        RankError: If another rank was lost, which is said on stderr by then, in place of what that did to this one.
     """
     global _watching
     if _watching or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
@@ -51,10 +51,13 @@ def watched_ranks(args: Any) -> Iterator[None]:
     _watching = True
     watch = _Watch(args.rank_timeout_s, str(args.output_dir))
     watch.thread.start()
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if before == signal.SIG_DFL:  # with which a launcher would end this rank before it can say why
+            signal.signal(signal.SIGTERM, watch.told_to_end)
         yield
     except BaseException as error:
-        if not isinstance(error, UserError) and watch.lost_within(_GRACE_S):
+        if isinstance(error, RuntimeError) and watch.lost_within(_GRACE_S):
             watch.leave("ended with another rank")
             raise RankError(watch.message()) from error
         watch.leave(f"failed: {type(error).__name__}: {redact(str(error))[:500]}")
@@ -62,6 +65,8 @@ def watched_ranks(args: Any) -> Iterator[None]:
     else:
         watch.leave("")
     finally:
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
         _watching = False
 
 
@@ -107,8 +112,16 @@ class _Watch:
         )
         return f"{self._lost}. Rank {self.rank} ends with it. Mend the cause and start again: {again}"
 
+    def told_to_end(self, number: int, frame: Any) -> None:
+        """For SIGTERM: launchers send it to all ranks when one has ended."""
+        if not self.lost_within(_GRACE_S):
+            self.leave("was told to end (SIGTERM)")
+        raise SystemExit(128 + number)
+
     def leave(self, reason: str) -> None:
         """Tell the others why this rank leaves the block; the empty reason is that it is done."""
+        if self._has_left.is_set():
+            return
         if reason and not self._is_lost.is_set():
             self._first(f"rank {self.rank} ({_place(os.getpid())}) {reason}")
         with suppress(RuntimeError):
@@ -122,9 +135,12 @@ class _Watch:
                 break
         else:
             return
-        self._is_lost.set()
-        if not self._has_left.wait(_GRACE_S):
+        if not self._has_left.is_set():
             print(f"r1v-rl: error: {self.message()}", file=sys.stderr, flush=True)
+        self._is_lost.set()
+        for neighbour in self._known().values():
+            neighbour.end_if_stopped()
+        if not self._has_left.wait(_GRACE_S):
             os._exit(1)
 
     def _look(self) -> str:
@@ -187,12 +203,16 @@ class _Neighbour:
         if self._gone > 1:  # what it may have said as its last is there by now
             return "was killed, by a signal or by the kernel for want of memory (`dmesg`)"
         if self._stopped * _POLL_S > limit_s:
-            os.kill(self.pid, signal.SIGKILL)  # it cannot heed the launcher, which would wait for it
             return (
                 f"was stopped (SIGSTOP) for more than {limit_s:g} s (`rank_timeout_s`), and is killed; whoever stopped "
                 f"it, a debugger, a shell or the scheduler, must let it run"
             )
         return ""
+
+    def end_if_stopped(self) -> None:
+        """It cannot heed the launcher, which would wait for it."""
+        if _process(self.pid) == ("T", self._started):
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def _process(pid: int) -> tuple[str, str]:

@@ -134,7 +134,7 @@ class ExactResume(Trainer):
         if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler leaves it out
             raise UserError(
                 f"the gradient of step {self.state.global_step + 1} has norm {float(norm)}, nothing of it is saved: "
-                f"lower `learning_rate` or `max_grad_norm`, or look at the step's rows; "
+                f"lower `learning_rate`, or look at the rows of that step; "
                 f"`resume_from_checkpoint: true` goes on from the last checkpoint"
             )
         return norm
