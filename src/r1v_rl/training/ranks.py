@@ -36,7 +36,7 @@ _watching = False
 def watched_ranks(args: Any) -> Iterator[None]:
     """Within the block, the end of any rank is the end of all, unless it has left the block by itself.
 
-    Nothing for one process, and inside of another such block.
+    Nothing for one process, inside of another such block, and where no launcher said where its store is.
 
     Args:
         args: The recipe: `rank_timeout_s`, `output_dir`.
@@ -45,15 +45,18 @@ def watched_ranks(args: Any) -> Iterator[None]:
         RankError: If another rank was lost, which is said on stderr by then, in place of what that did to this one.
     """
     global _watching
-    if _watching or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    if alone or _watching or "MASTER_PORT" not in os.environ:
         yield
         return
-    _watching = True
     watch = _Watch(args.rank_timeout_s, str(args.output_dir))
     watch.thread.start()
-    before = signal.getsignal(signal.SIGTERM)
+    _watching = True
+    # With the default a launcher would end this rank before it can say why.
+    is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    takes_signal = is_default and threading.current_thread() is threading.main_thread()
     try:
-        if before == signal.SIG_DFL:  # with which a launcher would end this rank before it can say why
+        if takes_signal:
             signal.signal(signal.SIGTERM, watch.told_to_end)
         yield
     except BaseException as error:
@@ -65,8 +68,8 @@ def watched_ranks(args: Any) -> Iterator[None]:
     else:
         watch.leave("")
     finally:
-        if before == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, before)
+        if takes_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _watching = False
 
 
