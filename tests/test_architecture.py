@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "r1v_rl"
 LAYERS = (
-    "runtime errors types recipe_values config durable state_files checkpoints",
+    "runtime errors types secret_values recipe_values config durable state_files checkpoints",
     "tracking",
     "data",
     "models",
@@ -95,6 +95,20 @@ def test_nothing_runs_text_as_code(path):
                 assert not (keyword.arg == "shell" and not is_false), f"line {node.lineno}: shell="
                 assert not (keyword.arg == "trust_remote_code" and is_true), f"line {node.lineno}: trust_remote_code"
                 assert not (keyword.arg == "weights_only" and not is_true), f"line {node.lineno}: weights_only"
+
+
+READ_WITHOUT_WEIGHTS = ("Config", "AutoTokenizer", "AutoProcessor")
+
+
+@source_files
+def test_models_are_read_by_load_weights_alone(path):
+    """It takes safetensors; `from_pretrained` would open a pickle where there are none. A GGUF file has no code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and called_name(node).endswith(".from_pretrained"):
+            owner = called_name(node).removesuffix(".from_pretrained")
+            keywords = {keyword.arg for keyword in node.keywords}
+            allowed = owner.endswith(READ_WITHOUT_WEIGHTS) or keywords & {"use_safetensors", "gguf_file"}
+            assert allowed, f"line {node.lineno}: {owner}.from_pretrained opens pickles: take load_weights"
 
 
 @source_files

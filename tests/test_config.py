@@ -1,6 +1,7 @@
 """Recipes: what a file and a command line may say, and what a user reads when they say something else."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,12 @@ import trl
 import yaml
 from transformers import IntervalStrategy
 
-from r1v_rl.config import DataConfig, build_configs, dump_recipe, parse_recipe, read_recipe
+from r1v_rl.chain.recipe import read_chain
+from r1v_rl.config import DataConfig, build_configs, checked_values, dump_recipe, parse_recipe, read_recipe
 from r1v_rl.errors import RecipeError
+from r1v_rl.secret_values import check_holds_no_secret
+
+ROOT = Path(__file__).parents[1]
 
 CLASSES = (trl.ModelConfig, DataConfig, trl.GRPOConfig)
 
@@ -111,6 +116,14 @@ def test_command_line_forms(arguments, expected):
         ("model_init_kwargs: {a: 1, a: 2}", r"key `a` is given twice"),
         ("a: &x [1]\nb: *x", r"aliases"),
         ("run_name: !!python/object/apply:os.system [id]", r"recipe\.yaml:1: .*could not determine a constructor"),
+        ("beta: 0.1\nrun_name: !!python/name:os.system", r"recipe\.yaml:2: .*could not determine a constructor"),
+        ("run_name: !canary x", r"recipe\.yaml:1: .*!canary"),
+        ("a: {b: 1, <<: {c: 2}}", r"recipe\.yaml:1: .*constructor"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", r"recipe\.yaml:2: .*aliases"),
+        ("beta: " + "[" * 10_000, r"recipe\.yaml: .*nested too deep"),
+        ("beta: 0.1\nmax_steps: " + "9" * 5000, r"recipe\.yaml:2: .*digits"),
+        ("run_name: 2026-02-31", r"recipe\.yaml:1: .*day"),
+        ("env: {PYTHONPATH: /tmp}", r"`env` is not a recipe key"),
         ("beta: [0.1", r"recipe\.yaml:\d: not a recipe"),
         ("- a\n- b", r"a recipe is a mapping"),
         ("1: 2", r"key 1 is not a name"),
@@ -120,6 +133,43 @@ def test_command_line_forms(arguments, expected):
 def test_bad_recipes_are_refused_by_name(recipe, text, message):
     with pytest.raises(RecipeError, match=message):
         read(recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hub_token", "hf_canary", "hub_token` holds a secret.*HF_TOKEN"),
+        ("model_init_kwargs", {"token": "hf_canary"}, r"model_init_kwargs\.token` holds a secret"),
+        ("judge_kwargs", {"extra_headers": {"Authorization": "canary"}}, "extra_headers.Authorization` holds a secret"),
+        ("serve_kwargs", {"hf-token": "canary"}, "hf-token` holds a secret"),
+        ("judge_api_key_env", "sk-canary", "judge_api_key_env` must be the name of an environment variable"),
+        ("judge_api_key_env", "SOMETHING", "_KEY, _TOKEN or _SECRET"),
+        ("judge_base_url", "https://me:canary@host/v1", "judge_base_url` holds an address with a password"),
+        ("judge_base_url", "https://:canary@host/v1", "address with a password"),
+        ("run_name", "the run of canary-of-mine", "run_name` holds the value of the environment variable MY_API_KEY"),
+        ("dataset_kwargs", {"kinds": ["canary-of-mine"]}, "dataset_kwargs.kinds` holds the value of"),
+    ],
+)
+def test_secrets_are_refused_and_not_shown(recipe, monkeypatch, key, value, message):
+    """In a file, named with it; on the command line; and given to a stage of a chain, whose command line shows it."""
+    monkeypatch.setenv("MY_API_KEY", "canary-of-mine")
+    attempts = [
+        (r"recipe\.yaml: ", lambda: read(recipe(yaml.safe_dump({key: value})))),
+        ("", lambda: checked_values(CLASSES, {key: value})),
+        ("", lambda: read_chain(ROOT / "recipes/tiny/chain.yaml", overrides={"sft": {key: value}})),
+    ]
+    for where, attempt in attempts:
+        with pytest.raises(RecipeError, match=where + ".*" + message) as refused:
+            attempt()
+        assert "canary" not in str(refused.value)
+    with pytest.raises(RecipeError, match="holds a secret"):
+        read(["--model_init_kwargs", "{token: hf_canary}"])
+
+
+def test_what_only_sounds_like_a_secret_is_none(recipe):
+    values = {"eos_token": "<|end|>", "judge_api_key_env": "MY_KEY_2", "num_memory_tokens": 4, "key": "value"}
+    values |= {"judge_base_url": "http://host:8000/v1", "system_prompt": "Write to me@host, or https://x.org/a:b@c"}
+    check_holds_no_secret(values)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +215,12 @@ def test_a_key_without_a_default_must_be_set():
     assert (stage.rounds, stage.names) == (3, ["a"])
 
 
-def test_a_dumped_recipe_reads_back_as_the_same_values_without_secrets(recipe, tmp_path):
-    text = (
-        "eval_strategy: no\nlearning_rate: 1e-6\nreport_to: [wandb]\nmodel_init_kwargs: {a: 1}\nhub_token: hf_secret\n"
-    )
+def test_a_dumped_recipe_reads_back_as_the_same_values(recipe, tmp_path):
+    text = "eval_strategy: no\nlearning_rate: 1e-6\nreport_to: [wandb]\nmodel_init_kwargs: {eos_token: x}\n"
     values = read(recipe(text))
     dumped = dump_recipe(values)
-    assert "hf_secret" not in dumped
     again = tmp_path / "again.yaml"
     again.write_text(dumped)
-    del values["hub_token"]
     assert read(["--config", str(again)]) == values
     assert yaml.safe_load(dumped)["eval_strategy"] == "no"
 

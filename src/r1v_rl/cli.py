@@ -3,11 +3,14 @@
 import difflib
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import TracebackType
 
 from r1v_rl.errors import RankError, UserError
+from r1v_rl.tracking.redaction import redact
 
 EXIT_OK, EXIT_FAULT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 """1 is Python's own: a fault of ours, with its traceback."""
@@ -68,16 +71,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"r1v-rl {version('r1v-rl')}")
         return EXIT_OK
     name = arguments.pop(0)
+    sys.excepthook = _show_fault
     try:
         return _load(name)(arguments) or EXIT_OK
     except UserError as error:
-        print(f"r1v-rl {name}: error: {error}", file=sys.stderr)
+        print(f"r1v-rl {name}: error: {redact(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RankError:  # it has been said
         return EXIT_FAULT
     except KeyboardInterrupt:
         print(f"r1v-rl {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault's traceback as Python prints it, secrets taken out: a library's message may quote what it was given."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _load(name: str) -> Callable[[list[str]], int | None]:

@@ -12,6 +12,7 @@ import yaml
 
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.recipe_values import convert, describe, plain, read_yaml, takes_list
+from r1v_rl.secret_values import check_holds_no_secret
 
 MISPLACED_KEYS: Mapping[str, str] = {
     "env": "set environment variables in the shell; a recipe cannot change them",
@@ -131,9 +132,13 @@ def read_recipe(config_classes: Sequence[type], argv: Sequence[str], *, prog: st
 
 
 def checked_values(config_classes: Sequence[type], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe keys and values as the classes' fields want them; refuses unknown keys and values of another type."""
+    """Recipe keys and values as the classes' fields want them; refuses unknown keys, values of another type and
+    secrets."""
+    check_holds_no_secret(values)
     types = _annotations(config_classes)
-    return {key: _checked(key, value, types) for key, value in values.items()}
+    checked = {key: _checked(key, value, types) for key, value in values.items()}
+    check_holds_no_secret(checked)  # a mapping given as text is one now
+    return checked
 
 
 def build_configs(config_classes: Sequence[type], values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -154,8 +159,8 @@ def build_configs(config_classes: Sequence[type], values: Mapping[str, Any]) -> 
 
 
 def dump_recipe(values: Mapping[str, Any]) -> str:
-    """YAML that `read_recipe` turns into the same values; secrets are left out."""
-    shown = {key: plain(value) for key, value in values.items() if not re.search(r"(_token|api_key|password)$", key)}
+    """YAML that `read_recipe` turns into the same values."""
+    shown = {key: plain(value) for key, value in values.items()}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from r1v_rl.errors import RecipeError
+from r1v_rl.secret_values import check_holds_no_secret
 
 MAX_RECIPE_BYTES = 1_000_000
 
@@ -26,6 +27,12 @@ class _RecipeLoader(yaml.SafeLoader):
                 problem="aliases (*name) are not allowed", problem_mark=self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a date that there is not, a number of more digits than Python reads
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
@@ -45,13 +52,13 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file; `RecipeError` names file and line."""
+    """The mapping in a recipe file; `RecipeError` names file and line, or file and key where a secret stands in it."""
     if not path.is_file():
         raise RecipeError(f"--config must name a YAML file, received {path}, which is not a file")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: a recipe holds at most {MAX_RECIPE_BYTES} bytes, this file {path.stat().st_size}")
     try:
-        content = _RecipeLoader(path.read_text(encoding="utf-8-sig")).get_single_data()
+        content = _parsed(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: a recipe is UTF-8 text; {error}") from error
     except yaml.YAMLError as error:
@@ -62,13 +69,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping `key: value`, this file holds a {type(content).__name__}")
+    check_holds_no_secret(content, f"{path}: ")
     return content
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return _RecipeLoader(text).get_single_data()
+    except RecursionError as error:
+        raise yaml.YAMLError("lists and mappings are nested too deep") from error
 
 
 def scalar(text: str) -> Any:
     """A command line's word as a recipe file would read it: a number, true, null, a list, or the text itself."""
     try:
-        value = _RecipeLoader(text).get_single_data()
+        value = _parsed(text)
     except yaml.YAMLError:
         return text
     return value if isinstance(value, NoneType | bool | int | float | list | dict) and text.strip() else text
@@ -200,7 +215,7 @@ def _from_flow(text: str, opening: str) -> Any:
     if not text.lstrip().startswith(opening):
         return text
     try:
-        return _RecipeLoader(text).get_single_data()
+        return _parsed(text)
     except yaml.YAMLError as error:
         raise ValueError(f"not readable as YAML: {getattr(error, 'problem', error)}") from error
 

@@ -142,6 +142,10 @@ def test_inputs_follow_recipe_parents_and_files(place):
 
 
 def test_secrets_stay_out_of_the_record(place, monkeypatch):
+    """They are refused; what was read before the variable was set is redacted."""
+    path = chain(place, changed(2, overrides={"hub_model_id": "sk-very-secret-indeed"}))
+    found = read_chain(path)
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-indeed")
-    found = read_chain(chain(place, changed(2, overrides={"hub_token": "sk-very-secret-indeed"})))
-    assert "sk-very-secret" not in json.dumps(stage_inputs(found.stage("last"), found))
+    assert "<JUDGE_API_KEY>" in json.dumps(stage_inputs(found.stage("last"), found))
+    with pytest.raises(RecipeError, match="hub_model_id` holds the value of the environment variable JUDGE_API_KEY"):
+        read_chain(path)

@@ -28,7 +28,7 @@ def test_a_frozen_head_equals_a_trainable_one(monkeypatch, temperature, at_once)
     """Whatever the weight of a token in the loss, and however many tokens' logits are computed at once."""
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
     expected, gradient = scores_and_gradient(False, temperature, weights)
-    monkeypatch.setattr(logprobs, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", at_once)
     got, other = scores_and_gradient(True, temperature, weights)
     assert torch.allclose(got.logprobs, expected.logprobs, atol=1e-6)
     assert torch.allclose(got.entropies, expected.entropies, atol=1e-5)

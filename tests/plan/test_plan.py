@@ -1,5 +1,6 @@
 """`r1v-rl plan`: sizes of the real model, FLOPs as torch counts them, and a plan that does not fit is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import AutoConfig
 
 from r1v_rl import cli
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.models.parts import PARTS, part_of
+from r1v_rl.models.packing import PackedLayout, enable_packing
+from r1v_rl.models.parts import PARTS, freeze_all_but, part_of
 from r1v_rl.plan.needs import Setting, Work, flops_of, memory_of
 from r1v_rl.plan.shape import Shape
 from r1v_rl.plan.work import grpo_work, sft_work
@@ -54,18 +56,54 @@ def test_flops_are_those_that_torch_counts(shape):
 
 def test_memory_worked_by_hand():
     sizes = {"vision_encoder": 10, "projector": 20, "language_model": 70}
-    shape = Shape(sizes, 0, layers=2, hidden=4, key_values=2, mlp=8, vocabulary=100, patches=4.0, vision_hidden=3)
+    shape = Shape(
+        sizes, 0, layers=2, hidden=4, heads=2, queries=4, key_values=2, mlp=8, vocabulary=100, patches=4.0,
+        vision_hidden=3,
+    )  # fmt: skip
     work = Work(tokens=10, scored=5, seen=0, visual=0)
-    plain = memory_of(shape, work, Setting(("projector",), "float32", "float32", checkpointing=False))
-    layer = 8 * 4 + 2 * 2 + 4 * 8
-    assert plain == {
-        "weights": 400, "gradients": 80, "optimizer": 160,
-        "activations": (2 * layer + layer) * 4 * 10, "logits": 3 * 5 * 100 * 4,
+    plain = Setting(("projector",), "float32", "float32", checkpointing=False, accumulates=True, on_cpu=True)
+    frozen = 2 * 4 * 4 + 4 * 2 + 4 * (2 * 4 + 2 * 2 + 3 * 8)
+    assert memory_of(shape, work, plain) == {
+        "weights": 400, "gradients": 80, "optimizer": 160, "activations": (2 * frozen + 4 * 4 + 2 * 4 * 2) * 10,
+        "backward, largest step": 5 * 100 * (4 + 7 * 4 + 1),
     }  # fmt: skip
-    sharded = Setting(("projector",), "bfloat16", "bfloat16", True, has_reference=True, zero_stage=2, num_processes=4)
-    spread = memory_of(shape, work, sharded)
-    assert (spread["weights"], spread["reference"], spread["gradients"], spread["optimizer"]) == (200, 200, 10, 20)
-    assert spread["activations"] == (2 * 4 + layer + layer) * 2 * 10
+    assert memory_of(shape, work, replace(plain, accumulates=False))["gradients"] == 0
+    sharded = Setting(("language_model",), "bfloat16", "bfloat16", True, True, zero_stage=2, num_processes=4)
+    spread = memory_of(shape, work, replace(sharded, accumulates=True))
+    assert (spread["weights"], spread["reference"], spread["gradients"], spread["optimizer"]) == (200, 200, 35, 70)
+    trained = 2 * 4 * 4 + 4 * 2 + 2 * (2 * 4 + 2 * 2 + 3 * 8) + 2 * 2 * 4 + 2 * (2 * 4 + 8)
+    assert spread["activations"] == (2 * 4 * 2 + trained + (4 + 2) * 4 + 2 * 4 * 2) * 10
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("trainable", [["projector"], ["projector", "language_model"]])
+def test_activations_are_those_that_the_graph_keeps(shape, trainable, autocast):
+    """Every tensor that is saved for the backward pass of a packed row, each storage once, weights left out."""
+    model, _ = random_vlm()
+    freeze_all_but(model, trainable)
+    enable_packing(model)
+    tokens, saved = 600, {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    layout = PackedLayout.of([tokens])
+    ids = torch.randint(5, 60, (1, tokens))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        embedded = model.get_input_embeddings()(ids).requires_grad_()  # what the projector gives
+        layers = model.model.language_model(inputs_embeds=embedded, use_cache=False, **layout.forward_kwargs("cpu"))
+    assert layers.last_hidden_state.requires_grad
+    setting = Setting(tuple(trainable), "float32", "bfloat16" if autocast else "float32", checkpointing=False)
+    planned = memory_of(shape, Work(tokens, 0, 0, 0), setting)
+    found = sum(size for size, _ in saved.values())
+    assert planned["activations"] + planned.get("weights, autocast", 0.0) == pytest.approx(found, rel=0.1)
 
 
 def test_a_frozen_language_model_costs_one_backward_pass_less(shape):
@@ -106,7 +144,15 @@ def test_the_command(folder, capsys, monkeypatch):
     words = ["plan", "--config", "recipes/tiny/grpo.yaml", "--model_name_or_path", str(folder), "--dataset_size", "16"]
     assert cli.main(words) == 0
     output = capsys.readouterr().out
-    for name in ("weights", "gradients", "optimizer", "activations", "vLLM", "language model, backward"):
+    for name in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "backward, largest step",
+        "vLLM",
+        "language model, backward",
+    ):
         assert f"  {name}" in output
     assert cli.main([*words, "--device_memory_gb", "0.0001"]) == 2
     assert "vLLM holds" in capsys.readouterr().err

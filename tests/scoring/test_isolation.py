@@ -79,6 +79,9 @@ def logs(completions, trainer_state, log_extra, log_metric, **_):
     log_metric("step", trainer_state.global_step)
     return [0.0] * len(completions)
 
+def needs(completions, **_):
+    return [float(os.environ["MY_API_KEY"])] * len(completions)
+
 calls = 0
 
 def counts(completions, **_):
@@ -108,6 +111,17 @@ def rows(*texts, **columns):
 def load(file, name, failure="abort", timeout_s=0.3):
     config = SimpleNamespace(reward_failure=failure, reward_timeout_s=timeout_s)
     return load_rewards([f"{file}:{name}"], config)[0]
+
+
+def test_secrets_are_withheld_but_for_those_that_the_recipe_names(file, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "12345678")
+    with pytest.raises(RewardError, match=r"KeyError: 'MY_API_KEY'.*name MY_API_KEY in `reward_env`"):
+        load(file, "needs")(**rows("a"))
+    (reward,) = load_rewards([f"{file}:needs"], SimpleNamespace(reward_env=["MY_API_KEY"]))
+    assert reward(**rows("a")) == [12345678.0]
+    with pytest.raises(RewardError, match="names of environment variables") as refused:
+        load_rewards(["format"], SimpleNamespace(reward_env=["sk-canary"]))
+    assert "canary" not in str(refused.value)
 
 
 FAILURES = [

@@ -9,6 +9,7 @@ from typing import Any
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.recipe_values import read_yaml
+from r1v_rl.secret_values import check_holds_no_secret
 
 STAGE_COMMANDS: Mapping[str, bool] = {
     "compose": True,
@@ -99,6 +100,7 @@ def read_chain(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise RecipeError(f"{path}: `seed` must be a whole number, received {seed!r}")
     overrides = overrides or {}
+    check_holds_no_secret(overrides)  # a stage's command line shows them
     stages: dict[str, Stage] = {}
     for number, entry in enumerate(entries, start=1):
         stage = _read_stage(entry, f"{path}: stage {number}", path.parent, root, seed, stages, overrides)

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from r1v_rl.errors import UserError
-from r1v_rl.models.encoders import load_vision_encoder, pixel_statistics
+from r1v_rl.models.encoders import load_vision_encoder, pixel_statistics, vision_config
 from r1v_rl.models.image_tokens import add_image_tokens, check_round_trip, image_chat_template
+from r1v_rl.models.weight_files import load_weights
 
 LANGUAGE_MODELS = ("qwen2", "qwen3", "llama")
 """Families whose text logits were found to be the same inside the composed model, in transformers and vLLM.
@@ -69,6 +70,22 @@ def compose_vlm(
     return model
 
 
+def composed_config(
+    vision_encoder: Path, language_model: Path, *, max_image_tiles: int = 1, downsample_ratio: float = 0.5
+) -> tuple[InternVLConfig, InternVLProcessor]:
+    """Configuration and processor of what `compose_vlm` would make of two folders; no weights are read."""
+    language_model_type(language_model)
+    vision, llm = vision_config(vision_encoder), AutoConfig.from_pretrained(language_model)
+    tokenizer = load_tokenizer(str(language_model))
+    add_image_tokens(tokenizer)
+    tiles = image_processor(
+        vision.image_size[0], max_image_tiles=max_image_tiles, **pixel_statistics(str(vision_encoder))
+    )
+    processor = make_processor(tokenizer, vision, tiles, downsample_ratio)
+    llm.vocab_size = max(llm.vocab_size, _rows_wanted(tokenizer))
+    return _joined_config(vision, llm, processor, downsample_ratio), processor
+
+
 def load_language_model(language_model: str | Path | PreTrainedModel, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model that the composed model can hold.
 
@@ -78,7 +95,7 @@ def load_language_model(language_model: str | Path | PreTrainedModel, dtype: str
     language_model_type(language_model)
     if isinstance(language_model, PreTrainedModel):
         return language_model
-    return AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+    return load_weights(AutoModelForCausalLM, language_model, dtype=dtype)
 
 
 def language_model_type(language_model: str | Path | PreTrainedModel) -> str:
@@ -164,16 +181,8 @@ def join_parts(
 ) -> InternVLForConditionalGeneration:
     """The parts in one model, with copies of their weights and a projector drawn from `seed`."""
     _make_room(llm, processor.tokenizer)
-    # transformers ties the head by the top-level key and vLLM by the text config's: both must say what the parts are
-    tied = bool(llm.config.tie_word_embeddings)
-    config = InternVLConfig(
-        vision_config=encoder.config.to_dict(),
-        text_config=llm.config.to_dict() | {"architectures": [type(llm).__name__]},
-        image_token_id=processor.image_token_id,
-        image_seq_length=processor.image_seq_length,
-        downsample_ratio=downsample_ratio,
-        tie_word_embeddings=tied,
-        dtype=dtype,
+    config = _joined_config(
+        encoder.config, llm.config, processor, downsample_ratio, dtype=dtype, architecture=type(llm).__name__
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -183,7 +192,7 @@ def join_parts(
         parameter.data = parameter.data.to(getattr(torch, dtype))
     model.model.vision_tower.load_state_dict(encoder.state_dict())
     model.model.language_model.load_state_dict(llm.base_model.state_dict())
-    if not tied:
+    if not config.tie_word_embeddings:
         model.lm_head.load_state_dict(llm.lm_head.state_dict())
     model.generation_config = GenerationConfig(
         eos_token_id=llm.generation_config.eos_token_id or processor.tokenizer.eos_token_id,
@@ -192,10 +201,35 @@ def join_parts(
     return model.eval()
 
 
+def _joined_config(
+    vision: Any,
+    text: Any,
+    processor: InternVLProcessor,
+    downsample_ratio: float,
+    *,
+    dtype: str = "float32",
+    architecture: str | None = None,
+) -> InternVLConfig:
+    # transformers ties the head by the top-level key and vLLM by the text config's: both must say what the parts are
+    return InternVLConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict() | ({"architectures": [architecture]} if architecture else {}),
+        image_token_id=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+        downsample_ratio=downsample_ratio,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        dtype=dtype,
+    )
+
+
+def _rows_wanted(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 @torch.no_grad()
 def _make_room(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Rows for the image tokens where the tables have none left: the mean of the others, which no text picks."""
-    wanted, rows = max(tokenizer.get_vocab().values()) + 1, llm.get_input_embeddings().weight.shape[0]
+    wanted, rows = _rows_wanted(tokenizer), llm.get_input_embeddings().weight.shape[0]
     if wanted <= rows:
         return
     llm.resize_token_embeddings(wanted, mean_resizing=False)

@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from r1v_rl.errors import UserError
+from r1v_rl.models.weight_files import load_weights
 
 DINOV2_IMAGE_SIZE = 224
 """DINOv2's own 518 px are 37 patches a side, which no pixel shuffle halves; 224 px, its training size, are 16."""
@@ -49,6 +50,15 @@ def load_vision_encoder(
     return encoder
 
 
+def vision_config(vision_encoder: str | Path, image_size: int | None = None) -> InternVLVisionConfig:
+    """The configuration of what `load_vision_encoder` gives, from the folder's own, without weights."""
+    kind, config = encoder_type(vision_encoder), AutoConfig.from_pretrained(vision_encoder)
+    if kind == "dinov2":
+        return _config_of_dinov2(config, image_size or DINOV2_IMAGE_SIZE)
+    config = config.vision_config if kind == "internvl" else config
+    return config if image_size is None else _config_resized(config, image_size)
+
+
 def pixel_statistics(encoder: str) -> dict[str, list[float]]:
     """Mean and deviation of each colour that the encoder was trained with: its own preprocessor's, else ImageNet's."""
     try:
@@ -86,44 +96,49 @@ def _refuse_misfit(kind: str, name: Any) -> None:
 
 def _load(kind: str, folder: str | Path) -> PreTrainedModel:
     if kind == "dinov2":
-        return Dinov2Model.from_pretrained(folder, dtype="float32")
+        return load_weights(Dinov2Model, folder, dtype="float32")
     if kind == "internvl_vision":
-        return InternVLVisionModel.from_pretrained(folder, dtype="float32")
+        return load_weights(InternVLVisionModel, folder, dtype="float32")
     config = AutoConfig.from_pretrained(folder).vision_config
     tower = {r"^(model\.)?vision_tower\.": ""}
-    return InternVLVisionModel.from_pretrained(folder, config=config, key_mapping=tower, dtype="float32")
+    return load_weights(InternVLVisionModel, folder, config=config, key_mapping=tower, dtype="float32")
 
 
 def _from_dinov2(dinov2: PreTrainedModel, image_size: int) -> InternVLVisionModel:
     """Every tensor under InternVL's name; the features of `dinov2` at this size, its final norm included."""
-    config = dinov2.config
+    encoder = InternVLVisionModel(_config_of_dinov2(dinov2.config, image_size))
+    state = {_internvl_name(name): tensor for name, tensor in dinov2.state_dict().items() if "mask_token" not in name}
+    state["embeddings.position_embeddings"] = _positions(dinov2, image_size, dinov2.config.patch_size)
+    encoder.load_state_dict(state)
+    encoder.name_or_path = dinov2.name_or_path
+    return encoder.eval()
+
+
+def _config_of_dinov2(config: Any, image_size: int) -> InternVLVisionConfig:
     if config.use_swiglu_ffn:
         raise UserError(
             "this DINOv2 has gated feed-forward layers (the giant one), which InternVL's vision model lacks"
         )
-    encoder = InternVLVisionModel(
-        InternVLVisionConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=int(config.hidden_size * config.mlp_ratio),
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-            attention_bias=config.qkv_bias,
-            norm_type="layer_norm",
-            use_qk_norm=False,
-            use_mean_pooling=False,  # which is what puts the final norm in
-            layer_scale_init_value=config.layerscale_value,
-            num_channels=config.num_channels,
-            patch_size=config.patch_size,
-            image_size=image_size,
-        )
+    return InternVLVisionConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=int(config.hidden_size * config.mlp_ratio),
+        hidden_act=config.hidden_act,
+        layer_norm_eps=config.layer_norm_eps,
+        attention_bias=config.qkv_bias,
+        norm_type="layer_norm",
+        use_qk_norm=False,
+        use_mean_pooling=False,  # which is what puts the final norm in
+        layer_scale_init_value=config.layerscale_value,
+        num_channels=config.num_channels,
+        patch_size=config.patch_size,
+        image_size=image_size,
     )
-    state = {_internvl_name(name): tensor for name, tensor in dinov2.state_dict().items() if "mask_token" not in name}
-    state["embeddings.position_embeddings"] = _positions(dinov2, image_size, config.patch_size)
-    encoder.load_state_dict(state)
-    encoder.name_or_path = dinov2.name_or_path
-    return encoder.eval()
+
+
+def _config_resized(config: Any, image_size: int) -> InternVLVisionConfig:
+    return InternVLVisionConfig(**config.to_dict() | {"image_size": [image_size, image_size]})
 
 
 _DINOV2_NAMES = {
@@ -147,8 +162,7 @@ def _internvl_name(name: str) -> str:
 def _resized(encoder: PreTrainedModel, image_size: int) -> InternVLVisionModel:
     """The same encoder for other pictures: only the position table changes."""
     (patch, _) = encoder.config.patch_size
-    settings = encoder.config.to_dict() | {"image_size": [image_size, image_size]}
-    resized = InternVLVisionModel(InternVLVisionConfig(**settings))
+    resized = InternVLVisionModel(_config_resized(encoder.config, image_size))
     positions = _positions(encoder, image_size, patch)
     resized.load_state_dict(encoder.state_dict() | {"embeddings.position_embeddings": positions})
     resized.name_or_path = encoder.name_or_path

@@ -16,8 +16,8 @@ from trl.kernels import ChunkedLogProbFunction
 
 from r1v_rl.models.vision import VisionOnce
 
-_VOCABULARY_TILE = 32768
-_LOGITS_AT_ONCE = 1 << 25
+VOCABULARY_TILE = 32768
+LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def add_logprob_head(
             if supervised and not weight.requires_grad and not softcap:
                 return TokenScores(*_FrozenHead.apply(hidden, weight, bias, scored.targets, temperature))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
-                hidden, weight, bias, scored.targets, temperature, _VOCABULARY_TILE, softcap, 1.0, outputs
+                hidden, weight, bias, scored.targets, temperature, VOCABULARY_TILE, softcap, 1.0, outputs
             )
         return TokenScores(logprobs, entropies, is_top1)
 
@@ -131,7 +131,7 @@ class _FrozenHead(torch.autograd.Function):
         scores = [torch.empty(len(targets), device=hidden.device) for _ in range(2)]
         logprobs, entropies = scores
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-        size = max(1, _LOGITS_AT_ONCE // len(weight))
+        size = max(1, LOGITS_AT_ONCE // len(weight))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             logits = nn.functional.linear(hidden[part], weight, bias).float()

@@ -25,6 +25,7 @@ from r1v_rl.errors import UserError
 from r1v_rl.models.compose import join_parts, load_language_model, load_tokenizer, make_processor
 from r1v_rl.models.image_tokens import add_image_tokens, generation_prompt
 from r1v_rl.models.parts import part_hashes
+from r1v_rl.models.weight_files import load_weights
 
 _PROBED_TOKENS = 4096
 _DRIFTED_BELOW = 0.5
@@ -70,7 +71,7 @@ def transfer_projector(
     old = _substitute_processor(projector_from)
     tokenizer = load_tokenizer(str(language_model))
     add_image_tokens(tokenizer)
-    vlm = AutoModelForImageTextToText.from_pretrained(projector_from, dtype=dtype)
+    vlm = load_weights(AutoModelForImageTextToText, projector_from, dtype=dtype)
     tower = vlm.model.vision_tower
     _check_tiles(config, old, projector_from)
     processor = make_processor(tokenizer, tower.config, old.image_processor, config.downsample_ratio)

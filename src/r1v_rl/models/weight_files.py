@@ -16,6 +16,22 @@ from r1v_rl.errors import UserError
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def load_weights(model_class: Any, name: str | Path, **settings: Any) -> Any:
+    """`model_class.from_pretrained(name, **settings)`, from safetensors alone.
+
+    Raises:
+        UserError: If a folder has none.
+    """
+    check_safetensors(name)
+    return model_class.from_pretrained(name, use_safetensors=True, **settings)
+
+
+def check_safetensors(name: str | Path) -> None:
+    """Raises UserError where a model folder has no safetensors: a pickle runs the code of whoever wrote it."""
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise UserError(f"{name} must hold its weights as safetensors; pickles (*.bin, *.pt) are never opened")
+
+
 class WeightFiles:
     """The tensors of a folder by name, without reading them."""
 

@@ -19,11 +19,13 @@ from r1v_rl.data.chat import load_processor, prompt_text, prompt_token_counter
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.plan.needs import BYTES, Setting, Work, features_memory, flops_of, memory_of
-from r1v_rl.plan.shape import Shape
+from r1v_rl.models.compose import composed_config
+from r1v_rl.plan.needs import Setting, Work, features_memory, flops_of, memory_of
+from r1v_rl.plan.shape import BYTES, Shape
 from r1v_rl.plan.work import grpo_work, sft_work
-from r1v_rl.sft.config import SFTConfig
+from r1v_rl.sft.config import PartsConfig, SFTConfig
 from r1v_rl.sft.rows import TargetRows
+from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.training.launch import DEFAULT_TRAINABLE
 
 COMMANDS = ("align", "sft", "grpo")
@@ -56,10 +58,11 @@ def main(argv: Sequence[str]) -> int:
     values = read_recipe(CONFIGS[command], ["--config", options.config, *words], prog=f"r1v-rl plan {command}")
     if not torch.cuda.is_available():
         values |= {"use_cpu": True}  # else transformers refuses a recipe that is for another machine
-    args, data, model = _configs(command, values)
-    place = _existing(options.model_config or model.model_name_or_path)
-    shape = Shape.of(AutoConfig.from_pretrained(place))
-    lengths = _lengths(args, data, model, options)
+    args, data, model, parts = _configs(command, values)
+    device = None if options.device_memory_gb is None else options.device_memory_gb * 1e9
+    config, processor = _model(options, model, data, parts)
+    shape = Shape.of(config)
+    lengths = _lengths(args, data, model, options, processor)
     work = _work(args, lengths)
     setting = Setting(
         trainable=tuple(args.trainable or DEFAULT_TRAINABLE),
@@ -69,8 +72,10 @@ def main(argv: Sequence[str]) -> int:
         has_reference=command == "grpo" and args.beta != 0.0,
         zero_stage=options.zero_stage,
         num_processes=options.num_processes,
+        accumulates=work.passes > 1 or args.gradient_accumulation_steps > 1,
+        supervised=isinstance(args, SFTConfig),
+        on_cpu=device is None,
     )
-    device = None if options.device_memory_gb is None else options.device_memory_gb * 1e9
     memory = {} if device is not None else {"process": _resident()}
     memory |= memory_of(shape, work, setting) | _sampler_memory(args, shape, setting.compute_dtype, device)
     if device is None and args.vision_features == "cache":
@@ -108,12 +113,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _configs(command: str, values: Mapping[str, Any]) -> tuple[Any, DataConfig, ModelConfig]:
-    """Training keys, data keys, model keys."""
+def _configs(command: str, values: Mapping[str, Any]) -> tuple[Any, DataConfig, ModelConfig, PartsConfig | None]:
+    """Training keys, data keys, model keys, and those of the parts that `align` may join."""
     configs = build_configs(CONFIGS[command], values)
     args = next(config for config in configs if isinstance(config, GRPOConfig | SFTConfig))
     data = next(config for config in configs if type(config) is DataConfig)
-    return args, data, next(config for config in configs if isinstance(config, ModelConfig))
+    model = next(config for config in configs if isinstance(config, ModelConfig))
+    return args, data, model, next((config for config in configs if isinstance(config, PartsConfig)), None)
+
+
+def _model(
+    options: argparse.Namespace, model: ModelConfig, data: DataConfig, parts: PartsConfig | None
+) -> tuple[Any, Any]:
+    """The model's configuration, and the processor where the recipe joins two parts."""
+    place = options.model_config or model.model_name_or_path
+    if place is None and parts is not None and parts.vision_encoder and parts.language_model:
+        folders = resolve_part(parts.vision_encoder), resolve_part(parts.language_model)
+        return composed_config(*folders, max_image_tiles=data.max_image_tiles or 1)
+    return AutoConfig.from_pretrained(_existing(place)), None
 
 
 def _existing(place: str | None) -> str:
@@ -126,13 +143,15 @@ def _dtype(model: ModelConfig) -> str:
     return model.dtype if model.dtype in BYTES else "float32"
 
 
-def _lengths(args: Any, data: DataConfig, model: ModelConfig, options: argparse.Namespace) -> Lengths:
+def _lengths(
+    args: Any, data: DataConfig, model: ModelConfig, options: argparse.Namespace, processor: Any = None
+) -> Lengths:
     """As given, or counted on the first rows."""
     if options.prompt_tokens is not None:
         return Lengths(options.prompt_tokens, options.visual_tokens, options.completion_tokens, 0)
     rows = load_configured_examples(data, seed=args.seed, answer_required=False)
     examples = rows[:SAMPLED_ROWS]
-    processor = load_processor(model.model_name_or_path, data.max_image_tiles)
+    processor = processor or load_processor(model.model_name_or_path, data.max_image_tiles)
     count = prompt_token_counter(processor, args.chat_template_kwargs)
     prompts = [count(example) for example in examples]
     texts = [prompt_text(processor, example, args.chat_template_kwargs) for example in examples]

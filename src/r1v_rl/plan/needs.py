@@ -2,22 +2,23 @@
 
 from dataclasses import dataclass
 
-from r1v_rl.plan.shape import Shape
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+
+from r1v_rl.models.logprobs import LOGITS_AT_ONCE, VOCABULARY_TILE
+from r1v_rl.plan.shape import BYTES, Shape
 
 ADAM_STATES = 2
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHARDED = {"weights": 3, "reference": 3, "gradients": 2, "optimizer": 1}
 """What is spread over the processes from which ZeRO stage on (FSDP: 3)."""
-HEAD_TILE = 32768
-"""Words of the vocabulary whose logits are in memory at once, and three tensors of them in the backward pass."""
+_FLOAT32 = BYTES["float32"]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one process runs in one micro-batch, its passes all alike."""
+    """What one process runs in one micro-batch."""
 
     tokens: float
-    """Through the language model, in one pass."""
+    """Through the language model, in one pass of mean size."""
     scored: float
     """Of them, positions whose logits are needed."""
     seen: float
@@ -25,6 +26,8 @@ class Work:
     visual: float
     """Visual tokens that the vision encoder makes."""
     passes: int = 1
+    fullest: float = 1.0
+    """Tokens of the fullest pass, over those of a mean one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +43,68 @@ class Setting:
     has_reference: bool = False
     zero_stage: int = 0
     num_processes: int = 1
+    accumulates: bool = False
+    """Whether gradients are there already when a pass begins: there are several passes a step."""
+    supervised: bool = False
+    on_cpu: bool = False
+
+    @property
+    def trains_language(self) -> bool:
+        return "language_model" in self.trainable
 
 
 def memory_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
-    """Bytes of one process: what they are for -> how many, at the start of the backward pass, where they are most."""
+    """Bytes of one process: what they are for -> how many, at the start of the backward pass, where they are most.
+
+    Without accumulation gradients come as activations go, so that only what is more than these counts.
+    """
     weights = sum(shape.parameters.values()) * BYTES[setting.dtype]
     trained = sum(shape.parameters[part] for part in setting.trainable) * BYTES[setting.dtype]
-    kept = shape.activations(checkpointing=setting.checkpointing) * BYTES[setting.compute_dtype]
     found: dict[str, float] = {"weights": weights}
     if setting.has_reference:
         found["reference"] = weights
+    if copies := _autocast_copies(shape, setting):
+        found["weights, autocast"] = copies
+    layer = shape.layer_bytes(setting.dtype, setting.compute_dtype, trained=setting.trains_language)
+    stream = shape.hidden * BYTES[setting.dtype]
+    kept = shape.layers * stream + layer if setting.checkpointing else shape.layers * layer
+    kept += shape.outer_bytes(setting.dtype, trained=setting.trains_language)
+    activations = kept * work.tokens * work.fullest
+    if "vision_encoder" in setting.trainable:
+        activations += work.visual * shape.patches * shape.vision_bytes(setting.dtype, setting.compute_dtype)
     found |= {"gradients": trained, "optimizer": ADAM_STATES * trained}
     for name, stage in SHARDED.items():
         if name in found and setting.zero_stage >= stage:
             found[name] /= setting.num_processes
-    logits = 3 * work.scored * min(shape.vocabulary, HEAD_TILE) * BYTES["float32"]
-    one_layer = shape.activations(checkpointing=False) / shape.layers * BYTES[setting.compute_dtype]  # its gradients
-    return {**found, "activations": (kept + one_layer) * work.tokens, "logits": logits}
+    if not setting.accumulates:
+        found["gradients"] = max(0.0, found["gradients"] - activations)
+    # the head's backward pass comes first, then that of a layer, whose gradients are as large as what it kept
+    largest = max(_head_bytes(shape, work, setting), layer * work.tokens * work.fullest)
+    return {**found, "activations": activations, "backward, largest step": largest}
+
+
+def _autocast_copies(shape: Shape, setting: Setting) -> float:
+    """Weights of the language model's layers in autocast's dtype, held by its graph; FSDP2 and ZeRO-3 cast shards."""
+    if setting.dtype == setting.compute_dtype or setting.zero_stage == max(SHARDED.values()):
+        return 0.0
+    if setting.checkpointing and not setting.trains_language:  # cast anew in every layer, and dropped with it
+        return 0.0
+    return shape.layer_weights * BYTES[setting.compute_dtype]
+
+
+def _head_bytes(shape: Shape, work: Work, setting: Setting) -> float:
+    """The LM head's pass over the scored positions, a tile of the vocabulary at a time, and its weights' gradient.
+
+    On a GPU a tile is one tensor in the compute dtype. Without Triton (on a CPU) TRL's backward pass keeps seven
+    float32 tensors of a tile and a mask beside it. A supervised head that does not train keeps two, of
+    `LOGITS_AT_ONCE` logits.
+    """
+    compute, scored = BYTES[setting.compute_dtype], work.scored * work.fullest
+    if setting.supervised and not setting.trains_language:
+        return min(scored * shape.vocabulary, LOGITS_AT_ONCE) * (2 * _FLOAT32 + compute)
+    tile = min(scored, TOKEN_CHUNK_SIZE) * min(shape.vocabulary, VOCABULARY_TILE)
+    gradient = shape.vocabulary * shape.hidden * _FLOAT32 if setting.trains_language else 0
+    return tile * (compute + (7 * _FLOAT32 + 1 if setting.on_cpu else 0)) + gradient
 
 
 def features_memory(shape: Shape, visual: float, dtype: str, limit: float) -> float:
@@ -71,7 +119,7 @@ def flops_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     head's computes its logits again. A frozen tower is run forward alone; its attention is left out.
     """
     forward = shape.trunk_flops(work.tokens, work.seen) * work.passes
-    again = setting.checkpointing + (2 if "language_model" in setting.trainable else 1)
+    again = setting.checkpointing + (2 if setting.trains_language else 1)
     tower = 3 if "vision_encoder" in setting.trainable else 1
     reference = forward if setting.has_reference else 0.0
     return {

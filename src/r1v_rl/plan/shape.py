@@ -8,6 +8,8 @@ from transformers import AutoModelForImageTextToText
 
 from r1v_rl.models.parts import PARTS, part_of
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -19,6 +21,9 @@ class Shape:
     """Of them, the input embeddings': looked up, not multiplied with."""
     layers: int
     hidden: int
+    heads: int
+    queries: int
+    """Width of the queries of one layer."""
     key_values: int
     """Width of the keys of one layer; that of the values is the same."""
     mlp: int
@@ -26,6 +31,8 @@ class Shape:
     patches: float
     """Of the vision encoder, for one visual token."""
     vision_hidden: int
+    vision_layers: int = 0
+    vision_mlp: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -44,28 +51,54 @@ class Shape:
             0 if is_tied else embeddings.numel(),
             text.num_hidden_layers,
             text.hidden_size,
+            text.num_attention_heads,
+            head * text.num_attention_heads,
             head * text.num_key_value_heads,
             text.intermediate_size,
             text.vocab_size,
             _patches(config),
             config.vision_config.hidden_size,
+            getattr(config.vision_config, "num_hidden_layers", 0) or getattr(config.vision_config, "depth", 0),
+            config.vision_config.intermediate_size,
         )
 
-    def activations(self, *, checkpointing: bool) -> int:
-        """Numbers of one token that the language model keeps for its backward pass.
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of the language model's layers: neither its embeddings nor its head."""
+        return self.parameters["language_model"] - self.embeddings - self.vocabulary * self.hidden
 
-        A layer keeps its two norms' inputs, normalised values and outputs, queries, keys, values, the attention's
-        output, and four of the MLP's width (gate, its SiLU, up, their product). With checkpointing a layer keeps its
-        input, and one layer at a time the rest.
+    def layer_bytes(self, dtype: str, compute_dtype: str, *, trained: bool) -> int:
+        """Bytes that one layer of the language model keeps of a token for its backward pass.
+
+        Both norms keep their input in float32, attention its queries, keys, values, output and log-sum-exp, the MLP its
+        gate, the gate's SiLU and the up-projection. Weights that train need their inputs too: what the norms
+        normalised, what the three products behind the first norm and the two behind the second read (autocast makes a
+        copy for each of them, else they share it), and what the down-projection reads.
         """
-        layer = 8 * self.hidden + 2 * self.key_values + 4 * self.mlp
-        return self.layers * self.hidden + layer if checkpointing else self.layers * layer
+        wide, weight, compute = BYTES["float32"], BYTES[dtype], BYTES[compute_dtype]
+        kept = 2 * wide * self.hidden + wide * self.heads
+        kept += compute * (2 * self.queries + 2 * self.key_values + 3 * self.mlp)
+        if trained:
+            inputs = 5 if dtype != compute_dtype else 2
+            kept += 2 * weight * self.hidden + compute * (inputs * self.hidden + self.mlp)
+        return kept
+
+    def outer_bytes(self, dtype: str, *, trained: bool) -> int:
+        """Bytes that the rest of the language model keeps of a token: the last norm, and its place's sines, cosines."""
+        norm = BYTES["float32"] * self.hidden + (BYTES[dtype] * self.hidden if trained else 0)
+        return norm + 2 * BYTES["float32"] * self.queries // self.heads
+
+    def vision_bytes(self, dtype: str, compute_dtype: str) -> int:
+        """Bytes that a vision encoder that trains keeps of a patch: as `layer_bytes`, with LayerNorm (no normalised
+        copy), a GELU between two products and two layer scales."""
+        weight, compute = BYTES[dtype], BYTES[compute_dtype]
+        inputs = 4 if dtype != compute_dtype else 2
+        layer = 2 * weight * self.vision_hidden + compute * ((inputs + 6) * self.vision_hidden + 2 * self.vision_mlp)
+        return self.vision_layers * layer
 
     def trunk_flops(self, tokens: float, seen: float) -> float:
         """Forward FLOPs of the language model without its head: `tokens` through the layers, `seen` pairs attended."""
-        head = self.vocabulary * self.hidden
-        weights = self.parameters["language_model"] - self.embeddings - head
-        return 2 * weights * tokens + 4 * self.layers * self.hidden * seen
+        return 2 * self.layer_weights * tokens + 4 * self.layers * self.hidden * seen
 
     def head_flops(self, positions: float) -> float:
         """Forward FLOPs of the LM head."""

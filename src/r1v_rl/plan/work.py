@@ -22,7 +22,8 @@ def grpo_work(args: GRPOConfig, *, prompt: float, visual: float, completion: flo
     tokens = rows * completion + prompts * prompt
     seen = rows * completion * (prompt + completion / 2) + prompts * prompt**2 / 2
     passes = math.ceil(tokens / args.max_tokens_per_forward) if args.max_tokens_per_forward else 1
-    return Work(tokens / passes, rows * completion / passes, seen / passes, groups * visual, passes)
+    fullest = min(tokens, args.max_tokens_per_forward or tokens) * passes / tokens
+    return Work(tokens / passes, rows * completion / passes, seen / passes, groups * visual, passes, fullest)
 
 
 def sft_work(args: SFTConfig, *, sample: float, visual: float, target: float) -> Work:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
+from r1v_rl.models.weight_files import check_safetensors, load_weights
 from r1v_rl.rollout.engine import StreamingEngine
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids, folder_with
@@ -34,11 +35,12 @@ def standalone_engine(
         device_map: How accelerate spreads the weights over devices, without vLLM; None = all on the first GPU, or CPU.
         vllm: Further arguments of `VllmEngine`.
     """
+    check_safetensors(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     banned = placeholder_ids(AutoConfig.from_pretrained(model))
     eos = end_token_ids(_named_end(model), tokenizer)
     if not use_vllm:
-        policy = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map)
+        policy = load_weights(AutoModelForImageTextToText, model, dtype=dtype, device_map=device_map)
         if device_map is None:
             policy.to("cuda" if torch.cuda.is_available() else "cpu")
         policy.eval()

@@ -37,6 +37,7 @@ def engine_options(
     """Arguments of `vllm.LLM`, and with dashes those of its server."""
     return {
         "dtype": dtype,
+        "load_format": "safetensors",  # else a folder without them has its pickles opened
         "max_model_len": max_model_len,
         "seed": seed,
         "enforce_eager": on_cpu,

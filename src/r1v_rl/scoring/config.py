@@ -9,8 +9,13 @@ _DEFAULT = RewardSettings()
 
 @dataclass
 class NamedRewardConfig:
-    """Keys of `cosine`, `repetition_penalty` and `soft_overlong_punishment` (open-r1's), `judge`, `reward_model`."""
+    """Keys of reward functions of one's own, of `cosine`, `repetition_penalty` and `soft_overlong_punishment`
+    (open-r1's), `judge` and `reward_model`."""
 
+    reward_env: list[str] | None = field(
+        default=None,
+        metadata={"help": "Variables named like secrets (MY_API_KEY) that your reward functions see; unset = none."},
+    )
     cosine_min_value_wrong: float = field(
         default=_DEFAULT.cosine_min_value_wrong, metadata={"help": "cosine: a wrong answer at length 0."}
     )

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from r1v_rl.errors import RewardError
 from r1v_rl.scoring.handover import frame, state_to_json, to_json, unframe
 from r1v_rl.scoring.plugins import Source
+from r1v_rl.secret_values import without_secrets
 
 START_S = 120.0
 """How long the import of a reward file may take."""
@@ -24,12 +26,16 @@ _HANDLES = ("trainer_state", "log_extra", "log_metric")
 class PluginProcess:
     """The process of one function; it starts at once, so that a file that does not import is known before training.
 
+    Args:
+        name: Of the function.
+        variables: Of the environment, that it is to see although they are named like secrets; no other secret is there.
+
     Raises:
         RewardError: If the function cannot be loaded.
     """
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, variables: Sequence[str] = ()):
+        self._name, self._variables = name, variables
         self._label = name.rpartition(":")[2].rpartition(".")[2]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -57,7 +63,7 @@ class PluginProcess:
                 self._start()
             reply = self._ask(message, timeout_s, f"end within {timeout_s:g} s (`reward_timeout_s` a completion)")
         if "error" in reply:
-            raise RewardError(reply["error"] + _called_with(arguments) * ("died" in reply))
+            raise RewardError(reply["error"] + self._withheld(reply) + _called_with(arguments) * ("died" in reply))
         for handle, key, value in reply["logs"]:
             handles[handle](key, value)
         return reply["rewards"], reply["problems"]
@@ -77,9 +83,16 @@ class PluginProcess:
                 "which cannot be handed over: store it as text, numbers, bytes or an image"
             ) from error
 
+    def _withheld(self, reply: dict[str, Any]) -> str:
+        """A hint, where the function failed over a variable that it was not given."""
+        left_out = os.environ.keys() - without_secrets(os.environ, self._variables)
+        named = sorted(name for name in left_out if name in reply["error"])
+        return f"; secrets are withheld from it: name {', '.join(named)} in `reward_env`" if named else ""
+
     def _start(self) -> Source:
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = without_secrets(os.environ, self._variables)
+        environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "r1v_rl.scoring.plugin_process", str(theirs.fileno()), str(os.getpid())],
@@ -92,7 +105,7 @@ class PluginProcess:
         reply = self._ask(self._name, START_S, f"load within {START_S:g} s")
         if "error" in reply:
             self._kill()
-            raise RewardError(reply["error"])
+            raise RewardError(reply["error"] + self._withheld(reply))
         return Source(reply["path"], reply["sha256"])
 
     def _ask(self, message: Any, timeout_s: float, must: str) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def _load(name: str | Callable[..., Any], settings: RewardSettings) -> RewardFun
         if name in BUILT_IN:
             return RewardFunction(name, BUILT_IN[name](settings), is_built_in=True)
         check_name(name)
-        process = PluginProcess(name)
+        process = PluginProcess(name, settings.reward_env or ())
         logger.info("reward %s runs code of %s, sha256 %s", name, process.source.path, process.source.sha256)
         label = name.rpartition(":")[2].rpartition(".")[2]
         return RewardFunction(label, process, source=process.source, **limits)

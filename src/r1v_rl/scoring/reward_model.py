@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor
 
 from r1v_rl.data.images import image_hash, load_image
 from r1v_rl.errors import RecipeError, RewardError, UserError
+from r1v_rl.models.weight_files import load_weights
 from r1v_rl.scoring.format import with_prompt_think
 from r1v_rl.scoring.replies import ReplyStore, content_key
 from r1v_rl.scoring.rules import Reward, RewardSettings, completion_text
@@ -120,7 +121,7 @@ def load_reward_model(path: str | None, dtype: str) -> tuple[Any, Any]:
         RecipeError: If it cannot be read, or has several outputs.
     """
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+        model = load_weights(AutoModelForSequenceClassification, str(path), dtype=dtype)
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RecipeError(

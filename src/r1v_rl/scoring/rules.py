@@ -36,6 +36,8 @@ class RewardSettings:
     reward_failure: str = "abort"
     """What happens when a reward function of one's own fails: `abort` ends the run, `skip` leaves the rows without
     that reward."""
+    reward_env: list[str] | None = None
+    """Environment variables with secrets that reward functions of one's own are to see."""
     reward_failure_limit: float = 0.05
     """Share of answers over the last 50 steps that may time out or be left unjudged by `accuracy` before the run
     stops; 1 never stops it."""
@@ -75,6 +77,8 @@ class RewardSettings:
             raise RewardError(f"reward_failure_limit must lie between 0 and 1; received {self.reward_failure_limit!r}")
         if self.reward_failure not in ("abort", "skip"):
             raise RewardError(f"reward_failure must be abort or skip; received {self.reward_failure!r}")
+        if not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in self.reward_env or ()):
+            raise RewardError("reward_env must be a list of names of environment variables, never what they hold")
         try:
             re.compile(self.format_pattern)
         except re.error as error:

@@ -12,6 +12,7 @@ from r1v_rl.scoring.judge_config import JudgeConfig, WorkedAnswer
 from r1v_rl.scoring.judging import MAX_SCORE, read_score, whole_score
 from r1v_rl.scoring.loader import load_rewards
 from r1v_rl.scoring.replies import ReplyStore
+from r1v_rl.scoring.rules import RewardSettings
 
 NUM_STEPS = MAX_SCORE
 """Boundaries between the scores 0 to 5."""
@@ -54,6 +55,9 @@ class ScorerConfig(JudgeConfig):
     reward_model_quantiles: list[float] | None = field(
         default=None, metadata={"help": "Or five rising shares of a round's rewards, such as [.1, .3, .5, .7, .9]."}
     )
+    reward_env: list[str] | None = field(
+        default=None, metadata={"help": "Variables named like secrets (MY_API_KEY) that a rule sees; unset = none."}
+    )
     reward_model_batch_size: int = field(default=8, metadata={"help": "Answers scored at once."})
     reward_model_dtype: str = field(default="float32", metadata={"help": "Its dtype: float32, bfloat16, float16."})
 
@@ -94,7 +98,7 @@ def make_scorer(config: ScorerConfig) -> Scorer:
         from r1v_rl.scoring.reward_model import RewardModelScorer  # torch
 
         return RewardModelScorer(config)
-    return RuleScorer(config.scorer)
+    return RuleScorer(config.scorer, config)
 
 
 class RubricScorer:
@@ -118,8 +122,8 @@ class RubricScorer:
 class RuleScorer:
     """A function of the user's, in the signature of a reward, that returns whole numbers from 0 to 5 or None."""
 
-    def __init__(self, name: str):
-        (self._function,) = load_rewards([name])
+    def __init__(self, name: str, config: ScorerConfig):
+        (self._function,) = load_rewards([name], RewardSettings(reward_env=config.reward_env))
 
     def __call__(self, answers: Sequence[WorkedAnswer], store: ReplyStore) -> list[Score]:
         scores: list[Score] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2ForCausalLM
 
+from r1v_rl.models.weight_files import load_weights
 from r1v_rl.tiny.encoder import train_encoder
 from r1v_rl.tiny.language import (
     fresh_language_model,
@@ -46,7 +47,7 @@ def build_reasoning(out: Path, steps: int, seed: int) -> None:
         save_language_model(model, out / "reasoning_llm", REASONING_TEMPLATE)
         return reasoning_report(model)
 
-    model = Qwen2ForCausalLM.from_pretrained(out / "substitute_llm", dtype="float32")
+    model = load_weights(Qwen2ForCausalLM, out / "substitute_llm", dtype="float32")
     train_language_model(
         model, REASONING_MIX, steps=steps, lr=2e-3, seed=seed + 1, name="reasoning", easy=0.0, report=report
     )

@@ -1,13 +1,12 @@
 """Keeps secrets out of everything that a run writes or uploads."""
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-_SECRET_VARIABLE = re.compile(r"(_|^)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
+from r1v_rl.secret_values import secrets
+
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-_MIN_SECRET_LENGTH = 8
 
 
 def redact(value: Any) -> Any:
@@ -17,16 +16,6 @@ def redact(value: Any) -> Any:
     `num_memory_tokens` keeps its number.
     """
     return _redact(value, secrets())
-
-
-def secrets() -> dict[str, str]:
-    """Value -> name of each environment variable that is named like a secret, longest value first."""
-    found = {
-        value: name
-        for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name.upper()) and len(value) >= _MIN_SECRET_LENGTH
-    }
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def _redact(value: Any, known: dict[str, str]) -> Any:

@@ -14,6 +14,7 @@ from r1v_rl.data.contamination import check_contamination
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.models.families import check_family
+from r1v_rl.models.weight_files import load_weights
 from r1v_rl.types import Example
 
 DEFAULT_TRAINABLE = ("projector", "language_model")
@@ -23,10 +24,16 @@ def load_model(path: str, init_kwargs: dict[str, Any] | None = None) -> PreTrain
     """The model in a folder (or of a hub id), in float32 unless `init_kwargs` names a dtype.
 
     Raises:
-        UserError: If its family is not one that the trainers know.
+        UserError: If its family is not one that the trainers know, or `init_kwargs` would have it run code.
     """
+    given = {"dtype": "float32", **(init_kwargs or {})}
+    if taken := sorted({"trust_remote_code", "use_safetensors", "weights_only"} & set(given)):
+        raise RecipeError(
+            f"`model_init_kwargs` must not set {', '.join(taken)}: code from a model repository is never run, and "
+            "weights are read from safetensors alone"
+        )
     check_family(path)
-    return AutoModelForImageTextToText.from_pretrained(path, **{"dtype": "float32", **(init_kwargs or {})})
+    return load_weights(AutoModelForImageTextToText, path, **given)
 
 
 def unloaded_model(path: str) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from r1v_rl.models.sharding import (
     whole_models_made,
     whole_state,
 )
+from r1v_rl.models.weight_files import load_weights
 from r1v_rl.state_files import combined_hash, load_state, save_state
 from r1v_rl.training.engines import check_engine, engine_name
 from r1v_rl.training.ranks import watched_ranks
@@ -233,7 +234,7 @@ class ExactResume(Trainer):
         else:
             dtype = reduce(torch.promote_types, {p.dtype for p in policy.parameters()})  # FSDP2 trains in float32
             with whole_models_made():
-                saved = AutoModelForImageTextToText.from_pretrained(resume_from_checkpoint, dtype=dtype)
+                saved = load_weights(AutoModelForImageTextToText, resume_from_checkpoint, dtype=dtype)
             load_whole(policy, saved.state_dict())
         wanted = checkpoints.read_meta(resume_from_checkpoint)["weights"]
         if self._weight_hash() != wanted:
