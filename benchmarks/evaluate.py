@@ -65,7 +65,9 @@ def measure(model: str, num_items: int, pairs: int, scratch: Path) -> dict:
     processor = load_processor(model)
     examples = benchmark_examples(config, DataConfig())["scenes"]
     sampling = config.sampling()
-    asking = Asking(processor, config.answer_kind, config.reward_timeout_s, 0, config.chunk_size, with_vision_inputs=False)
+    asking = Asking(
+        processor, config.answer_kind, config.reward_timeout_s, 0, config.chunk_size, with_vision_inputs=False
+    )  # fmt: skip
     prompts = [encode_prompt(processor, example, device="cpu") for example in examples]
     max_model_len = longest_prompt(config, processor, examples) + MAX_TOKENS
     with standalone_engine(
