@@ -67,24 +67,22 @@ def kill_at_random(stage: str, ranks: int, model: Path, folder: Path, *, kills: 
         seen.resumed += _has_begun(output, stage)
         run = _launch(stage, ranks, model, output)
         codes = run.wait(rng.uniform(0, seconds) if seen.kills < kills else 600)
-        if None not in codes:
-            assert set(codes) == {0}, run.said()
-            seen.finished, number = seen.finished + 1, number + 1
-            seen.identical += _weights(output) == wanted
-            assert not run.left()
-            if seen.kills >= kills:
-                return seen
-            continue
-        assert seen.kills < kills, f"it hangs: {run.said()}"
-        for rank in rng.choice([[0], [1], [0, 1]]) if ranks > 1 else [0]:
-            run.processes[rank].kill()
         killed = time.monotonic()
-        codes = run.wait(120)
-        assert None not in codes and -signal.SIGKILL in codes, (codes, run.said())
-        seen.kills += 1
+        if None in codes:
+            assert seen.kills < kills, f"it hangs: {run.said()}"
+            run.kill(rng.choice([[0], [1], [0, 1]]) if len(codes) > 1 else [0])
+            codes = run.wait(120)
         while run.left() and time.monotonic() < killed + 120:
             time.sleep(0.1)
         assert not run.left(), "a process stays behind"
+        if set(codes) == {0}:
+            seen.finished, number = seen.finished + 1, number + 1
+            seen.identical += _weights(output) == wanted
+            if seen.kills >= kills:
+                return seen
+            continue
+        assert None not in codes and -signal.SIGKILL in codes, (codes, run.said())
+        seen.kills += 1
         seen.slowest_end_s = max(seen.slowest_end_s, time.monotonic() - killed)
 
 

@@ -26,11 +26,10 @@ class Ranks:
     mark: str
     store: TCPStore | None
 
-    def wait(self, limit_s: float, *, ranks: list[int] | None = None) -> list[int | None]:
+    def wait(self, limit_s: float) -> list[int | None]:
         """The exit codes after so long at most; None for a rank that still runs."""
         deadline = time.monotonic() + limit_s
-        chosen = [self.processes[rank] for rank in ranks] if ranks is not None else self.processes
-        for process in chosen:
+        for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
@@ -38,7 +37,7 @@ class Ranks:
         return [log.read_text() for log in self.logs]
 
     def left(self) -> list[int]:
-        """Processes that this launch left running, ranks and whatever they started."""
+        """Processes that the ranks started and that still run."""
         wanted, found = f"{_MARK}={self.mark}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -47,6 +46,14 @@ class Ranks:
             except OSError:
                 continue
         return found
+
+    def kill(self, ranks: list[int]) -> None:
+        """SIGKILL to these ranks; then, as torchrun does, SIGTERM to the others."""
+        for rank in ranks:
+            self.processes[rank].kill()
+        time.sleep(0.1)
+        for process in self.processes:
+            process.terminate()
 
     def end(self) -> None:
         for process in self.processes:
