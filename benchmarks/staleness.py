@@ -5,8 +5,8 @@
 `recipes/tiny/grpo_server.yaml` with one server, which has a core of its own where there are two, with `max_staleness`
 0 and 1, three seeds each: 100 steps, 500 held-out pictures. A run is a process of its own; the order is ABBA over the
 seeds. Printed are the median seconds of a step (the first three left out), how long the trainer waited for rollouts in
-it, held-out accuracy with its 95 % interval, and how far the ratio that corrects stale tokens is from 1. A finished run
-in `--runs` is not made again.
+it, the share of the rewards, held-out accuracy with its 95 % interval, and how far the ratio that corrects stale tokens
+is from 1. A finished run in `--runs` is not made again.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def measured(folder: Path) -> dict[str, float]:
     return {
         "seconds": statistics.median(line["step_time"] for line in lines),
         "waited": statistics.median(line["rollout/seconds_generate"] for line in lines),
+        "rewards": statistics.median(line["rollout/seconds_reward"] / line["step_time"] for line in lines),
         "staleness": statistics.mean(line.get("staleness/mean", 0.0) for line in lines),
         "distance": statistics.mean(line["sampling/importance_sampling_ratio/distance"] for line in lines),
         **{f"accuracy_{bound}": summary["accuracy_after"][bound] for bound in ("value", "low", "high")},
@@ -90,7 +91,9 @@ def main() -> None:
                 r1v_rl_command(
                     "align", "--config", RECIPES / "align.yaml", "--output_dir", model, log=runs / "start.log"
                 )
-        print(f"{'seed, max_staleness':<22}{'s/step':>8}{'waited':>8}  {'held out':<22}{'stale':>6}  |ratio - 1|")
+        print(
+            f"{'seed, max_staleness':<22}{'s/step':>8}{'waited':>8}{'rewards':>9}  {'held out':<22}  stale  |ratio - 1|"
+        )
         found: dict[tuple[int, int], dict[str, float]] = {}
         for seed in seeds:
             for staleness in STALENESS if seed % 2 == 0 else STALENESS[::-1]:
@@ -99,8 +102,8 @@ def main() -> None:
                 )
                 percent = [f"{100 * one[f'accuracy_{bound}']:.1f}" for bound in ("value", "low", "high")]
                 print(
-                    f"{f'{seed}, {staleness}':<22}{one['seconds']:>8.2f}{one['waited']:>8.2f}  "
-                    f"{f'{percent[0]} % [{percent[1]}, {percent[2]}]':<22}{one['staleness']:>6.2f}  "
+                    f"{f'{seed}, {staleness}':<22}{one['seconds']:>8.2f}{one['waited']:>8.2f}{one['rewards']:>9.1%}  "
+                    f"{f'{percent[0]} % [{percent[1]}, {percent[2]}]':<22}{one['staleness']:>7.2f}  "
                     f"{one['distance']:.2g}",
                     flush=True,
                 )

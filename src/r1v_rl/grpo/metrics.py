@@ -36,7 +36,7 @@ class Metrics:
         yield
         self.add(f"rollout/seconds_{name}", time.perf_counter() - started)
 
-    def add_all(self, values: Mapping[str, float]) -> None:
+    def add_all(self, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             self.add(name, value)
 
