@@ -9,9 +9,10 @@ data        `sft` on distilled chains and on plain ones (the model's first chain
 necessity   the ablation's score of rows with their pictures, with blank ones, and with those of other rows
 
 The model is outputs/tiny/start by default (`r1v-rl align --config recipes/tiny/align.yaml`). `--dataset` takes rows
-from a file, such as outputs/small/data/counting_heldout.jsonl for the model of the small chain. In `--json`, ours and
-baseline are mean tokens for length and controller (baseline: penalty 1, or the largest budget), accuracies for data,
-necessity of the right and of the changed pictures.
+from a file, such as outputs/small/data/counting_heldout.jsonl for the model of the small chain, or of a benchmark, such
+as puzzlevqa, whose folder is in `--dataset_root`. In `--json`, ours and baseline are mean tokens for length and
+controller (baseline: penalty 1, or the largest budget), accuracies for data, necessity of the right and of the changed
+pictures.
 """
 
 import argparse
@@ -41,7 +42,10 @@ from r1v_rl.distill.config import DistillConfig
 from r1v_rl.distill.pipeline import set_lengths
 from r1v_rl.distill.records import Row
 from r1v_rl.evaluate.accuracy import Answered, accuracy, answer_prompts, blanked
+from r1v_rl.evaluate.benchmarks import BENCHMARKS
+from r1v_rl.evaluate.benchmarks.base import load_benchmark
 from r1v_rl.evaluate.interval import Accuracy
+from r1v_rl.evaluate.prompts import Instructions
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.rollout.standalone import standalone_engine
@@ -175,7 +179,7 @@ def _data(options: argparse.Namespace, folder: Path, seed: int) -> dict:
         dataset_name="scenes", dataset_size=options.train_rows, dataset_kwargs="{num_images: 1}", seed=seed,
         assessment="rules", alpha=options.alpha, num_generations=4, temperature=1.0, top_p=1.0,
         max_completion_length=160, answer_kind="text", dtype="float32", vllm_kv_cache_memory_bytes=2**28,
-        serve_model="tiny/reasoning_llm", reviser_model="teacher", reviser_prompt="{written}",
+        serve_model="tiny/reasoning_llm", reviser_model="teacher", reviser_prompt="{written}", judge_images=False,
         serve_kwargs="{dtype: float32, enforce-eager: true, max-model-len: 1024}",
         reviser_kwargs="{temperature: 0.7, max_completion_tokens: 200}",
     )  # fmt: skip
@@ -211,11 +215,7 @@ def _call(command: str, recipe: str, **keys: Any) -> None:
 
 
 def _bench(options: argparse.Namespace, stack: ExitStack) -> Bench:
-    kwargs = {"num_images": 1} if options.dataset == "scenes" else None
-    config = DataConfig(dataset_name=options.dataset, dataset_root=options.dataset_root, dataset_kwargs=kwargs)
-    config = replace(config, dataset_size=options.rows)
-    split = "heldout" if options.dataset == "scenes" else "train"
-    examples = load_configured_examples(config, split=split, seed=0)
+    examples = _examples(options)
     processor = load_processor(options.model)
     longest = check_prompt_lengths(examples, processor, max_model_len=10**6, max_completion_length=options.max_tokens)
     engine = stack.enter_context(
@@ -226,6 +226,20 @@ def _bench(options: argparse.Namespace, stack: ExitStack) -> Bench:
     )  # fmt: skip
     prompts = [encode_prompt(processor, example, device="cpu") for example in examples]
     return Bench(engine, processor, options, examples, prompts)
+
+
+def _examples(options: argparse.Namespace) -> Sequence[Example]:
+    if options.dataset in BENCHMARKS and options.dataset != "scenes":
+        bare = Instructions("", "")
+        return load_benchmark(BENCHMARKS[options.dataset], bare, root=options.dataset_root, size=options.rows)
+    kwargs = {"num_images": 1} if options.dataset == "scenes" else None
+    config = DataConfig(
+        dataset_name=options.dataset,
+        dataset_root=options.dataset_root,
+        dataset_kwargs=kwargs,
+        dataset_size=options.rows,
+    )
+    return load_configured_examples(config, split="heldout" if kwargs else "train", seed=0)
 
 
 def _row(case: str, ours: float, baseline: float) -> dict:

@@ -66,7 +66,7 @@ def measure(model: str, num_items: int, pairs: int, scratch: Path) -> dict:
     examples = benchmark_examples(config, DataConfig())["scenes"]
     sampling = config.sampling()
     asking = Asking(
-        processor, config.answer_kind, config.reward_timeout_s, 0, config.per_device_eval_batch_size, keep_pixels=False
+        processor, config.answer_kind, config.reward_timeout_s, 0, config.chunk_size, with_vision_inputs=False
     )
     prompts = [encode_prompt(processor, example, device="cpu") for example in examples]
     max_model_len = longest_prompt(config, processor, examples) + MAX_TOKENS

@@ -69,7 +69,11 @@ def _judge(pool: GraderPool, row: dict, deadline_s: float) -> tuple[str, float]:
 
 def _run(runner, function):
     if runner == "asyncio":
-        return asyncio.run(asyncio.to_thread(function))
+
+        async def inside_a_running_loop():
+            return function()
+
+        return asyncio.run(inside_a_running_loop())
     if runner == "main":
         return function()
     result = []
@@ -80,9 +84,10 @@ def _run(runner, function):
 
 
 def _ranks(options: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", __file__]
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no", __file__]
     command += ["--data", str(options.data), "--deadline", str(options.deadline), "--runners", "main"]
-    return subprocess.run(command).returncode
+    return subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}).returncode
 
 
 def _memory_mb() -> float:

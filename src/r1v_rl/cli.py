@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from r1v_rl.errors import UserError
+from r1v_rl.errors import RankError, UserError
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_FAULT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 """1 is Python's own: a fault of ours, with its traceback."""
 
 
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"r1v-rl {name}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RankError:  # it has been said
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print(f"r1v-rl {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

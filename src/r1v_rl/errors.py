@@ -17,5 +17,9 @@ class RewardError(UserError):
     """A reward function cannot be loaded, raised, or returned something that is not a list of floats or None."""
 
 
+class RankError(RuntimeError):
+    """Another rank of the run was killed, stopped, or failed: this one cannot go on."""
+
+
 class CheckpointError(UserError):
     """No complete checkpoint, or one that belongs to another recipe."""

@@ -5,10 +5,12 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
-from chain.tiny_chain import finish, processes_with, start, table, write_chain
+from chain.tiny_chain import finish, judged_stage, processes_with, start, table, write_chain
 from random_vlm import save_random_vlm
+from scoring.chat_server import chat_server
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +54,53 @@ def test_a_chain_that_is_done_runs_nothing(done):
     assert (chain.parent / "out" / "stages.json").read_text() == before
 
 
-def test_killed_at_ten_random_moments(done, model, tmp_path):
-    """A stage that was begun goes on, one that is done never runs again, and the table is that of the whole run."""
-    whole, _ = done
-    chain = write_chain(tmp_path, model)
+def test_killed_at_ten_random_moments(model, tmp_path):
+    """A stage that was begun goes on, one that is done never runs again, no judge is asked for what it has said, and
+    the table is that of a run that nothing disturbed."""
     rng, outputs = random.Random(0), []
-    for _ in range(10):
-        process = start(chain)
-        time.sleep(rng.uniform(0.5, 14.0))
-        process.kill()
-        outputs.append(process.communicate(timeout=20)[0])  # an orphan would hold the pipe
-        assert wait_until_gone(str(tmp_path)), "a child outlived the run"
-    outputs.append(finish(chain))
-    for name in ("first", "second"):
+    with chat_server(judge) as server:
+        whole, killed = (judged_chain(tmp_path / name, model, server.base_url) for name in ("whole", "killed"))
+        finish(whole)
+        questions = server.asked.total()
+        assert questions > 12 and set(server.asked.values()) == {1}
+        lost = 0
+        for _ in range(10):
+            asked, kept = server.asked.total(), num_replies(killed)
+            process = start(killed)
+            time.sleep(rng.uniform(2.0, 24.0))
+            process.kill()
+            outputs.append(process.communicate(timeout=20)[0])  # an orphan would hold the pipe
+            assert wait_until_gone(str(killed.parent)), "a child outlived the run"
+            in_hand = server.asked.total() - asked - (num_replies(killed) - kept)
+            assert in_hand in (0, 1)
+            lost += in_hand
+        outputs.append(finish(killed))
+        assert server.asked.total() == 2 * questions + lost
+    for name in ("first", "round"):
         states = [re.search(rf"\] {name}: (.*)", output) for output in outputs]
         words = [match[1] for match in states if match]
         assert words == sorted(words, key=["not done yet", "begun, not complete", "done, inputs unchanged"].index)
-    assert not list(tmp_path.glob("out/*.replaced-*"))
-    assert table(chain) == table(whole)
+    assert not list(tmp_path.glob("killed/out/*.replaced-*"))
+    assert table(killed) == table(whole)
+
+
+def judged_chain(folder: Path, model: Path, base_url: str) -> Path:
+    folder.mkdir()
+    chain = write_chain(folder, model)
+    content = json.loads(chain.read_text())
+    content["stages"][1] = judged_stage(folder, base_url)
+    chain.write_text(json.dumps(content))
+    return chain
+
+
+def judge(text: str, tries: int) -> str:
+    """The reviser's and the rubric's reply."""
+    return "<think>\nI count.\n</think>\n\\boxed{3}\nScore: 4"
+
+
+def num_replies(chain: Path) -> int:
+    """Replies on the disk, a line each; a line that the kill cut has no end."""
+    return sum(path.read_bytes().count(b"\n") for path in chain.parent.glob("out/round/**/replies.jsonl"))
 
 
 def wait_until_gone(word: str) -> bool:

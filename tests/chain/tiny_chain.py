@@ -1,4 +1,4 @@
-"""A chain of two short GRPO stages of a random tiny model, as files that `r1v-rl run` reads."""
+"""A chain of short stages of a random tiny model, as files that `r1v-rl run` reads."""
 
 import json
 import os
@@ -38,6 +38,21 @@ def write_chain(folder: Path, model: Path, **changes) -> Path:
     }  # fmt: skip
     (folder / "chain.yaml").write_text(json.dumps({**chain, **changes}))
     return folder / "chain.yaml"
+
+
+def judged_stage(folder: Path, base_url: str) -> dict:
+    """A round after `first` whose chains are revised and scored by the chat model at `base_url`, one call at a time."""
+    recipe = {
+        "dataset_name": "scenes", "dataset_size": 12, "dataset_kwargs": {"num_images": 1}, "taus": [2], "seed": 5,
+        "learning_rates": [1e-3], "use_vllm": False, "max_completion_length": 16, "generation_batch_size": 5,
+        "temperature": 1.0, "answer_kind": "text", "trainable": ["projector"], "per_device_train_batch_size": 4,
+        "max_length": 512, "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "report_to": "none", "model_name_or_path": "outputs/unused",
+        "output_dir": "outputs/unused", "scorer": "rubric", "judge_model": "judge", "reviser_model": "reviser",
+        "judge_concurrency": 1, "judge_base_url": base_url,
+    }  # fmt: skip
+    (folder / "round.yaml").write_text("# r1v-rl iterate --config round.yaml\n" + json.dumps(recipe))
+    return {"name": "round", "command": "iterate", "config": "round.yaml", "from": {"first": "model_name_or_path"}}
 
 
 def start(chain: Path, *words: str) -> subprocess.Popen:

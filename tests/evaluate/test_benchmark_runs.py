@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 from published_layouts import make_all
 from random_vlm import save_random_vlm
 
@@ -122,7 +123,16 @@ def test_resume_names_what_changed(evaluate, capsys):
     assert "holds no answers to go on with" in capsys.readouterr().err
 
 
-def test_killed_at_ten_random_moments(evaluate, tmp_path, monkeypatch):
+@pytest.fixture
+def one_thread():
+    """A forked child has none of its parent's OpenMP threads, and dies where it would use them."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+def test_killed_at_ten_random_moments(evaluate, one_thread, tmp_path, monkeypatch):
     """The file ends as that of a run in one go, and no row whose answers were on the disk is asked again."""
     words = ("scenes nlvr_counting", "--num_generations", "2", "--benchmark_size", "16")
     asked, generate = tmp_path / "asked", TransformersEngine.generate

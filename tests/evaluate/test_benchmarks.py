@@ -7,7 +7,7 @@ from r1v_rl.data.images import load_image
 from r1v_rl.errors import DataError
 from r1v_rl.evaluate.accuracy import judge_responses
 from r1v_rl.evaluate.benchmarks import BENCHMARKS
-from r1v_rl.evaluate.benchmarks.base import Question, load_benchmark, prompt_of
+from r1v_rl.evaluate.benchmarks.base import Question, _row, load_benchmark, prompt_of
 from r1v_rl.evaluate.gold import check_golds
 from r1v_rl.evaluate.prompts import DIRECT, Instructions
 from r1v_rl.scoring.judging import question_text
@@ -65,6 +65,18 @@ def test_mmmu_places_pictures_where_its_text_has_them(root):
     pixels = [load_image(source).tobytes() for source in music.images]
     assert pixels == [load_image(encoded(seed)).tobytes() for seed in (90, 21)]  # in the order of the text
     assert by_id["validation_Architecture_and_Engineering_7"].columns["group"] == "Architecture_and_Engineering"
+
+
+def test_names_of_pictures_that_a_row_does_not_have_stay_words():
+    """As in MMMU's validation_Math_7, whose options name 24 pictures beyond the seven that are published."""
+    choices = ["<image 2>, <image 8>", "<image 9>"]
+    several = _row(Question("1", "See <image 1>.", "A", "choice", choices, images=["a.png", "b.png"]), None, PLAIN)
+    assert several["prompt"] == "See <image>.\nA. <image>, [image 8]\nB. [image 9]\n\nCHOICE"
+    assert several["images"] == ["a.png", "b.png"]
+    one = _row(
+        Question("1", "See <image 1>.", "A", "choice", ["<image 1>", "<image 2>"], images=["a.png"]), None, PLAIN
+    )
+    assert one["prompt"] == "<image>\nSee .\nA. [image 1]\nB. [image 2]\n\nCHOICE" and one["images"] == ["a.png"]
 
 
 def test_any_of_several_gold_answers_is_right(root):

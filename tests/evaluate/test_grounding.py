@@ -1,7 +1,6 @@
 """Grounding: a model that learned from pictures shows a gap, one that learned from blank ones does not."""
 
 import json
-from random import Random
 
 import pytest
 import torch
@@ -31,7 +30,8 @@ def coloured(seed: int, color: str) -> Image.Image:
 
 
 def rows(start: int, count: int) -> list[dict]:
-    names = [Random(i).choice(list(COLORS)) for i in range(start, start + count)]
+    """Every colour as often as the others: whoever always says the same is right in a quarter, whatever it says."""
+    names = [list(COLORS)[i % len(COLORS)] for i in range(start, start + count)]
     return [
         {
             "id": f"row{start + i}",

@@ -150,7 +150,7 @@ def _child(
     faulthandler.dump_traceback_later(limit_s - 10)  # where it waits
     try:
         if engine.startswith("zero"):
-            _use_gloo_alone()
+            use_gloo_alone()
         function(engine, *arguments)
     except BaseException:
         traceback.print_exc()
@@ -158,7 +158,7 @@ def _child(
     torch.distributed.destroy_process_group()
 
 
-def _use_gloo_alone() -> None:
+def use_gloo_alone() -> None:
     """DeepSpeed would compile a faster all-reduce for processes on one machine first, for a minute."""
     import deepspeed.ops
 

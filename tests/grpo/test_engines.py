@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import damaged
 from grpo.engine_run import ENGINES, exercise, fine_tune, train_and_save, two_processes
 from random_vlm import save_random_vlm
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+
+from r1v_rl import checkpoints
 
 JOBS: dict[str, dict] = {
     "projector": {"trainable": ["projector"], "max_tokens_per_forward": 60},
@@ -46,5 +49,11 @@ def test_two_processes_train_save_roll_out_and_resume_as_one_does(engine, alone,
         assert seen["again"] == seen["through"], "the resumed run ends with other weights"
         assert seen["is_current"], "rollouts do not use the policy's weights"
         assert len(seen["answers"]) == 5
+    checkpoint, seen_files = tmp_path / "resumed" / "checkpoint-3", set()
+    for file, fault in damaged(checkpoint):
+        seen_files.add(file)
+        assert checkpoints.verify(checkpoint)[0].startswith(file), (file, fault)
+    assert {f"state/rank-{rank}.{end}" for rank in (0, 1) for end in ("json", "safetensors")} < seen_files
+    assert checkpoints.verify(checkpoint) == []
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "resumed" / "model")
     assert model.config.architectures == ["InternVLForConditionalGeneration"]

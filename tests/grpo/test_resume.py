@@ -1,10 +1,14 @@
 """A run that was killed ends with the weights of one that was not, to the last bit."""
 
+import resource
 import signal
 
 import pytest
-from grpo.tiny_run import in_child
+from grpo.tiny_run import in_child, make_trainer
+from killer import Killer
 from random_vlm import save_random_vlm
+
+from r1v_rl.errors import CheckpointError
 
 CONFIGURATIONS = {
     "plain": {},
@@ -66,6 +70,21 @@ def test_killed_inside_a_save_at_every_write(model, tmp_path):
         assert uninterrupted(model, folder, changes) == wanted, f"killed at write {nth} of the save"
         nth += 1
     assert nth > 10, f"only {nth} writes seen: the hook misses the save"
+
+
+def test_a_disk_that_is_full_ends_the_run_and_takes_nothing_with_it(model, tmp_path):
+    changes, before = {"max_steps": 3}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    wanted = uninterrupted(model, tmp_path / "whole", changes)
+    trainer = make_trainer(model, tmp_path / "full", **changes)
+    trainer.add_callback(Killer(step=2, moment="full disk"))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written \(.*GiB are free there"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = sorted(path.name for path in (tmp_path / "full").iterdir() if path.is_dir())
+    assert left == ["checkpoint-1"], "half a checkpoint would fill what is left"
+    assert uninterrupted(model, tmp_path / "full", changes) == wanted
 
 
 def test_killed_with_rollouts_by_vllm(model, tmp_path):

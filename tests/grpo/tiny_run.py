@@ -2,14 +2,12 @@
 
 import multiprocessing
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from killer import Killer
 from random_vlm import picture
-from transformers import TrainerCallback
 
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
@@ -69,39 +67,10 @@ def train(model: Path, output_dir: Path, changes: dict, kill: dict | None = None
 
         BackgroundTransformers(trainer)
     if kill:
-        trainer.add_callback(_Killer(**kill))
+        trainer.add_callback(Killer(**kill))
     resume = any(output_dir.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resume or None)
     (output_dir / "final.txt").write_text(weight_hash(trainer.model.state_dict()))
-
-
-class _Killer(TrainerCallback):
-    """SIGKILL to itself: after a step and its save, before the save, or at the n-th file the save opens to write."""
-
-    def __init__(self, step: int, moment: str, nth: int = 0):
-        self.step, self.moment, self.nth = step, moment, nth
-        self._opened = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step != self.step:
-            return
-        if self.moment == "before save":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.moment == "inside save":
-            sys.addaudithook(self._audit)
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.step and self.moment == "after save":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def _audit(self, event: str, arguments: tuple) -> None:
-        writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
-            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        )
-        if writes:
-            if self._opened == self.nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self._opened += 1
 
 
 def in_child(*arguments: Any) -> int:

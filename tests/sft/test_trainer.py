@@ -1,5 +1,6 @@
 """What trains and what does not, the features cache, and runs that were killed."""
 
+import os
 import signal
 
 import pytest
@@ -106,11 +107,30 @@ def test_a_killed_run_ends_with_the_same_bits(model, tmp_path, name):
     """Killed after a save inside the first epoch, before one in the second, after the last but one."""
     changes = CONFIGURATIONS[name]
     assert in_child(model, tmp_path / "whole", changes) == 0
-    for step, before_save in ((1, False), (3, True), (4, False), (5, False)):
-        assert in_child(model, tmp_path / "killed", changes, step, before_save) == -signal.SIGKILL
+    for step, moment in ((1, "after save"), (3, "before save"), (4, "after save"), (5, "after save")):
+        kill = {"step": step, "moment": moment}
+        assert in_child(model, tmp_path / "killed", changes, kill) == -signal.SIGKILL
     assert in_child(model, tmp_path / "killed", changes) == 0
     final = [(tmp_path / run / "final.txt").read_text() for run in ("whole", "killed")]
     assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "align"])
+def test_killed_inside_a_save_at_every_write(model, tmp_path, stage):
+    """Every third write of it, and every one with R1V_LONG."""
+    changes = {"max_steps": 3, "trainable": ["projector"] if stage == "align" else ["projector", "language_model"]}
+    assert in_child(model, tmp_path / "whole", changes) == 0
+    wanted = (tmp_path / "whole" / "final.txt").read_text()
+    apart = 1 if os.environ.get("R1V_LONG") else 3
+    for nth in range(0, 100, apart):
+        folder = tmp_path / f"killed{nth}"
+        code = in_child(model, folder, changes, {"step": 2, "moment": "inside save", "nth": nth})
+        if code == 0:
+            break  # the save opens fewer files than that
+        assert code == -signal.SIGKILL
+        assert in_child(model, folder, changes) == 0
+        assert (folder / "final.txt").read_text() == wanted, f"killed at write {nth} of the save"
+    assert nth > 10, f"only {nth} writes seen: the hook misses the save"
 
 
 def test_a_checkpoint_of_other_rows_or_settings_is_refused(model, tmp_path):

@@ -2,13 +2,12 @@
 
 import multiprocessing
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from killer import Killer
 from random_vlm import picture
-from transformers import TrainerCallback
 
 from r1v_rl.sft.config import SFTConfig
 from r1v_rl.sft.trainer import SFTTrainer
@@ -50,26 +49,13 @@ def make_trainer(model: Any, output_dir: Path, rows: Any = ROWS, processor: Any 
     )
 
 
-def train(model: Path, output_dir: Path, changes: dict, kill_at: int | None = None, before_save: bool = False) -> None:
-    """Start, or resume where checkpoints are; write the hash of the final weights; die where `kill_at` says."""
+def train(model: Path, output_dir: Path, changes: dict, kill: dict | None = None) -> None:
+    """Start, or resume where checkpoints are; write the hash of the final weights; die where `kill` says."""
     trainer = make_trainer(model, output_dir, **changes)
-    if kill_at is not None:
-        trainer.add_callback(_Killer(kill_at, before_save))
+    if kill:
+        trainer.add_callback(Killer(**kill))
     trainer.train(resume_from_checkpoint=any(output_dir.glob("checkpoint-*")) or None)
     (output_dir / "final.txt").write_text(weight_hash(trainer.model.state_dict()))
-
-
-class _Killer(TrainerCallback):
-    def __init__(self, step: int, before_save: bool):
-        self.step, self.before_save = step, before_save
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step and self.before_save:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.step and not self.before_save:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_child(*arguments: Any) -> int:

@@ -19,7 +19,7 @@ from r1v_rl.distill.records import Chain
 from r1v_rl.durable import fault_point
 from r1v_rl.errors import UserError
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
-from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
+from r1v_rl.rollout.prompts import prompt_encoder
 from r1v_rl.rollout.standalone import standalone_engine
 from r1v_rl.scoring.budget import Budget
 from r1v_rl.scoring.chat_model import ChatModel, ChatQuestion
@@ -67,6 +67,12 @@ class ModelGenerator:
     def __init__(self, recipe: Recipe, processor: Any, store: ReplyStore, stack: ExitStack, limits: "EngineLimits"):
         self._recipe, self._config, self._processor = recipe, recipe.distill, processor
         self._store, self._stack, self._limits = store, stack, limits
+        self._encode = prompt_encoder(
+            processor,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            with_vision_inputs=not self._config.use_vllm,
+            template_kwargs=recipe.template_kwargs,
+        )
         self._engine: RolloutEngine | None = None
         self.name = str(self._config.model_name_or_path)
         self.weights_sha256 = weights_sha256(self.name)
@@ -94,7 +100,7 @@ class ModelGenerator:
 
     def _generated(self, missing: dict[str, Request], sampling: Sampling) -> list[tuple[str, list[dict[str, Any]]]]:
         requests = list(missing.values())
-        prompts = [self._encoded(request.example) for request in requests]
+        prompts = [self._encode(request.example) for request in requests]
         seed = int.from_bytes(hashlib.sha256("".join(missing).encode()).digest()[:4], "big") >> 1
         groups = self.engine().generate(prompts, _with_limits(sampling, requests), seed=seed)
         return [
@@ -124,13 +130,6 @@ class ModelGenerator:
                 )
             )
         return self._engine
-
-    def _encoded(self, example: Example) -> EncodedPrompt:
-        on_gpu = torch.cuda.is_available() and not self._config.use_vllm
-        prompt = encode_prompt(
-            self._processor, example, device="cuda" if on_gpu else "cpu", template_kwargs=self._recipe.template_kwargs
-        )
-        return replace(prompt, vision_inputs={}) if self._config.use_vllm else prompt  # vLLM takes the pictures
 
 
 class EndpointGenerator:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from r1v_rl.durable import fault_point
 from r1v_rl.errors import UserError
 from r1v_rl.evaluate.accuracy import Answered, judge_completions
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
-from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
+from r1v_rl.rollout.prompts import EncodedPrompt, prompt_encoder
 from r1v_rl.types import Completion, Example
 
 Judge = Callable[[Sequence[Answered]], list[Answered]]
@@ -45,7 +45,7 @@ class Asking:
     seed: int
     chunk_size: int
     """Rows at once: what a killed run loses at most, twice."""
-    keep_pixels: bool
+    with_vision_inputs: bool
     """Whether the engine takes processed pictures (transformers) or makes its own (vLLM)."""
     judge: Judge | None = None
 
@@ -157,13 +157,14 @@ def answer_sets(
         ahead, behind = (stack.enter_context(_worker()) for _ in range(2))
         finished = sum(chunk.stop - chunk.start for chunk in chunks[:done])
         bar = stack.enter_context(tqdm(total=total, initial=finished, desc="answering", disable=None, unit="row"))
-        asking = replace(asking, processor=copy.deepcopy(asking.processor))  # read ahead in another thread
-        encoded = ahead.submit(_encoded, asking, chunks[done])
+        processor = copy.deepcopy(asking.processor)  # used in another thread
+        encode = prompt_encoder(processor, device="cpu", with_vision_inputs=asking.with_vision_inputs)
+        encoded = ahead.submit(_encoded, encode, chunks[done])
         judged: Future | None = None
         for number in range(done, len(chunks)):
             prompts = encoded.result()
             if number + 1 < len(chunks):
-                encoded = ahead.submit(_encoded, asking, chunks[number + 1])
+                encoded = ahead.submit(_encoded, encode, chunks[number + 1])
             groups = _generate(engine, chunks[number], prompts, asking.seed, spent)
             if judged is not None:
                 judged.result()
@@ -183,13 +184,10 @@ def _generate(
     return groups
 
 
-def _encoded(asking: Asking, chunk: Chunk) -> list[EncodedPrompt]:
+def _encoded(encode: Callable[[Example], EncodedPrompt], chunk: Chunk) -> list[EncodedPrompt]:
     examples = [chunk.rows.examples[i] for i in range(chunk.start, chunk.stop)]
     change = chunk.rows.change
-    prompts = [
-        encode_prompt(asking.processor, change(example) if change else example, device="cpu") for example in examples
-    ]
-    return prompts if asking.keep_pixels else [replace(prompt, vision_inputs={}) for prompt in prompts]
+    return [encode(change(example) if change else example) for example in examples]
 
 
 def _keep(

@@ -80,7 +80,10 @@ class EvaluationConfig(BenchmarkConfig, HeldoutConfig):
     repetition_penalty: float | None = field(
         default=None, metadata={"help": "Above 1 repeats less. Unset: 1, benchmarks 1.05."}
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Prompts at once; vLLM batches by itself."})
+    per_device_eval_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows at once, kept whole or not at all; unset = 512 answers with vLLM, 64 rows without."},
+    )
     answer_kind: str = field(
         default=_REWARDS.answer_kind, metadata={"help": "How answers are judged: math, number, choice, text."}
     )
@@ -131,6 +134,12 @@ class EvaluationConfig(BenchmarkConfig, HeldoutConfig):
         if self.max_completion_length is None and not self.benchmarks:
             self.max_completion_length = HELDOUT_TOKENS
 
+    @property
+    def chunk_size(self) -> int:
+        """Rows that are answered together."""
+        assert self.num_generations is not None
+        return self.per_device_eval_batch_size or (max(1, 512 // self.num_generations) if self.use_vllm else 64)
+
     def sampling(self, max_tokens: int | None = None) -> Sampling:
         """How answers are drawn; `max_tokens` where the recipe does not say."""
         tokens = self.max_completion_length or max_tokens
@@ -179,8 +188,8 @@ def evaluate_model(
             config.answer_kind,
             config.reward_timeout_s,
             config.seed,
-            config.per_device_eval_batch_size,
-            keep_pixels=not config.use_vllm,
+            config.chunk_size,
+            with_vision_inputs=not config.use_vllm,
             judge=partial(judge_unread, judge, store) if judge is not None and store is not None else None,
         )
         spent = answer_sets(sets, asking, answers, lambda: nullcontext(engine()))
@@ -225,7 +234,7 @@ def _grounding(
     engine: Callable[[], RolloutEngine],
 ) -> dict[str, Any]:
     """The gaps between the answers with pictures and the controls', and those of the gold answers' log-probability."""
-    size = config.per_device_eval_batch_size
+    size = config.chunk_size
     logprobs: dict[str, dict[str, float]] = {}
     for name, rows in control_rows(sets[0].examples, seed=config.seed).items():
         logprobs[name] = {}

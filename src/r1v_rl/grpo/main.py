@@ -33,6 +33,7 @@ from r1v_rl.training.launch import (
     say_contamination,
     take_model_keys,
 )
+from r1v_rl.training.ranks import watched_ranks
 from r1v_rl.types import Example
 
 SUMMARY = "summary.json"
@@ -50,13 +51,14 @@ def main(argv: Sequence[str]) -> int:
     if trainer.accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, "config.yaml").write_text(dump_recipe(redact(values)))
-    before = _accuracy_before(trainer, resume)
-    trainer.train(resume_from_checkpoint=resume)
-    if trainer.stopped_by is not None:
-        return exit_code(trainer.stopped_by)
-    trainer.save_model(args.output_dir)
-    summary = _measure(trainer, before, started)
-    _finish(trainer, values, model, summary)
+    with watched_ranks(args):
+        before = _accuracy_before(trainer, resume)
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.stopped_by is not None:
+            return exit_code(trainer.stopped_by)
+        trainer.save_model(args.output_dir)
+        summary = _measure(trainer, before, started)
+        _finish(trainer, values, model, summary)
     return 0
 
 

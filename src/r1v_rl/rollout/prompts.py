@@ -1,6 +1,8 @@
 """A prompt as models see it: its images decoded and processed once, whatever the number of completions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from PIL import Image
@@ -44,6 +46,35 @@ def encode_prompt(
     prompt_ids = inputs["input_ids"][0].tolist()
     taken = {name: tensor.to(device) for name, tensor in vision_inputs(inputs).items()}
     return EncodedPrompt(example, text, images, text_ids, prompt_ids, taken)
+
+
+def prompt_encoder(
+    processor: Any, *, device: Any, with_vision_inputs: bool, template_kwargs: dict | None = None
+) -> Callable[[Example], EncodedPrompt]:
+    """`encode_prompt` for one engine; without `vision_inputs` (vLLM processes pictures itself) nearly for nothing.
+
+    What a placeholder becomes follows from its picture's size alone, so that the processor is asked once a size.
+    """
+    if with_vision_inputs:
+        return partial(encode_prompt, processor, device=device, template_kwargs=template_kwargs)
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    @cache
+    def of_picture(size: tuple[int, int]) -> list[int]:
+        inputs = processor(text=[processor.image_token], images=[Image.new("RGB", size)], add_special_tokens=False)
+        return list(inputs["input_ids"][0])
+
+    def encode(example: Example) -> EncodedPrompt:
+        text = prompt_text(processor, example, template_kwargs)
+        images = [load_image(source) for source in example.images]
+        text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not images:
+            return EncodedPrompt(example, text, [], text_ids, text_ids, {})
+        placeholder, shown = tokenizer.convert_tokens_to_ids(processor.image_token), iter(images)
+        expanded = [of_picture(next(shown).size) if token == placeholder else [token] for token in text_ids]
+        return EncodedPrompt(example, text, images, text_ids, [token for part in expanded for token in part], {})
+
+    return encode
 
 
 def placeholder_ids(model_config: Any) -> list[int]:

@@ -29,6 +29,7 @@ from r1v_rl.training.launch import (
     say_contamination,
     take_model_keys,
 )
+from r1v_rl.training.ranks import watched_ranks
 
 SFT_CONFIGS = (SFTConfig, DataConfig, HeldoutConfig, ModelConfig)
 ALIGN_CONFIGS = (AlignConfig, DataConfig, HeldoutConfig, ModelConfig, PartsConfig)
@@ -81,11 +82,12 @@ def _run(stage: str, values: dict, configs: tuple[Any, ...], parent: str | None)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / RUN_MANIFEST).unlink(missing_ok=True)  # it says that the folder is complete
         (output_dir / "config.yaml").write_text(dump_recipe(redact(values)))
-    trainer.train(resume_from_checkpoint=resume)
-    if trainer.stopped_by is not None:
-        return exit_code(trainer.stopped_by)
-    trainer.save_model(str(output_dir))
-    _finish(trainer, stage, values, parent, time.perf_counter() - started)
+    with watched_ranks(args):
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.stopped_by is not None:
+            return exit_code(trainer.stopped_by)
+        trainer.save_model(str(output_dir))
+        _finish(trainer, stage, values, parent, time.perf_counter() - started)
     return 0
 
 

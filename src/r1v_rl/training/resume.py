@@ -1,19 +1,23 @@
 """Exact resume: a run that was killed goes on as if nothing had happened, to the last bit, or refuses with a reason."""
 
 import json
+import math
 import random
+import shutil
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
-from r1v_rl.errors import CheckpointError
+from r1v_rl.errors import CheckpointError, UserError
 from r1v_rl.models.sharding import (
     hashes_by_part,
     is_sharded,
@@ -24,6 +28,7 @@ from r1v_rl.models.sharding import (
 )
 from r1v_rl.state_files import combined_hash, load_state, save_state
 from r1v_rl.training.engines import check_engine, engine_name
+from r1v_rl.training.ranks import watched_ranks
 from r1v_rl.training.shard_states import adapter_weights, load_optimizer_state, optimizer_state
 from r1v_rl.training.signals import StopOnSignal
 
@@ -59,6 +64,17 @@ class ExactResume(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(checkpoints.temporary_path(target), ignore_errors=True)
+            free = shutil.disk_usage(target.parent).free / 2**30
+            raise CheckpointError(
+                f"{target} could not be written ({error}): {free:.2f} GiB are free there. Make room, or keep fewer "
+                f"checkpoints (`save_total_limit`); `resume_from_checkpoint: true` goes on from the last one"
+            ) from error
+
+    def _write_checkpoint(self, target: Path) -> None:
         if self.accelerator.is_main_process:
             checkpoints.begin(target)
         self.accelerator.wait_for_everyone()
@@ -108,6 +124,21 @@ class ExactResume(Trainer):
             "random": _random_states(),
         }
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in transformers, which calls it after every backward, on all ranks.
+
+        Raises:
+            UserError: If gradients are not finite: the weights would be lost, and the next checkpoint with them.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler leaves it out
+            raise UserError(
+                f"the gradient of step {self.state.global_step + 1} has norm {float(norm)}, nothing of it is saved: "
+                f"lower `learning_rate`, or look at the rows of that step; "
+                f"`resume_from_checkpoint: true` goes on from the last checkpoint"
+            )
+        return norm
+
     # ---- resume ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
@@ -116,10 +147,14 @@ class ExactResume(Trainer):
         Raises:
             CheckpointError: No complete checkpoint, or one of a run that this recipe does not continue.
         """
+        with watched_ranks(self.args):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs) -> Any:
         if self.accelerator.is_main_process:
             checkpoints.clean_leftovers(self.args.output_dir)
         if resume_from_checkpoint:
-            resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+            resume_from_checkpoint = self._agreed_checkpoint(resume_from_checkpoint)
             if self._is_finished(resume_from_checkpoint):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -129,6 +164,19 @@ class ExactResume(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self._stop.restore()
+
+    def _agreed_checkpoint(self, wanted: str | bool) -> str:
+        """What the main process finds: another might look before leftovers are tidied up."""
+        found = ["", ""]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = str(self._checkpoint_to_resume(wanted))
+            except CheckpointError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1]:
+            raise CheckpointError(found[1])
+        return found[0]
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         if isinstance(wanted, bool):

@@ -4,11 +4,15 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch.distributed
 from transformers import TrainerCallback
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end the run after the present optimizer step, with a checkpoint; a second one at once."""
+    """SIGTERM and SIGINT end the run after the present optimizer step, with a checkpoint; a second one at once.
+
+    Of several ranks one may hear of it a step before another: they agree after every step.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -20,6 +24,10 @@ class StopOnSignal(TrainerCallback):
             self._previous[number] = signal.signal(number, self._receive)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            heard = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+            self.received = int(heard) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

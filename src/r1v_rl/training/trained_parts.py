@@ -40,9 +40,18 @@ class TrainedPartsConfig:
             "last, `sft` and `align` what was seen first."
         },
     )
+    rank_timeout_s: float = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds that one of several ranks may be stopped (SIGSTOP) before all of them end. One that runs "
+            "and does not get further: `ddp_timeout`."
+        },
+    )
 
     def check_parts(self) -> None:
         """Raises RecipeError where these keys do not fit together."""
+        if not self.rank_timeout_s > 0:
+            raise RecipeError(f"`rank_timeout_s` must be above 0, not {self.rank_timeout_s:g}.")
         if self.trainable is not None and (not self.trainable or set(self.trainable) - set(PARTS)):
             raise RecipeError(f"`trainable` must name parts of {', '.join(PARTS)}; received {self.trainable}.")
         if self.vision_features not in VISION_FEATURES:

@@ -124,8 +124,9 @@ def _row(question: Question, root: Path | None, instructions: Instructions) -> d
     """A dataset row; numbered marks name pictures, so a picture that is not named is left out, as in MMMU."""
     images = list(question.images)
     prompt = prompt_of(question, instructions)
-    if len(images) > 1 and (numbers := [int(n) for n in _NUMBERED_MARK.findall(prompt)]):
-        images = [images[number - 1] for number in numbers]
+    if images:
+        prompt, named = _marked(prompt, len(images))
+        images = [images[number - 1] for number in named] or images
     paths = [root / image if root is not None and isinstance(image, str) else image for image in images]
     return {
         "id": question.id,
@@ -138,6 +139,22 @@ def _row(question: Question, root: Path | None, instructions: Instructions) -> d
         "group": question.group,
         "images": [str(path) if isinstance(path, Path) else path for path in paths],
     }
+
+
+def _marked(prompt: str, num_images: int) -> tuple[str, list[int]]:
+    """The prompt with a mark where each picture goes, and their numbers. A name that no picture goes with stays a word:
+    MMMU's validation_Math_7 has 7 pictures and options that name thirty; a row's only picture stands in front already.
+    """
+    numbers: list[int] = []
+
+    def mark(name: re.Match) -> str:
+        number = int(name[1])
+        if num_images == 1 or not 1 <= number <= num_images:
+            return f"[image {number}]"
+        numbers.append(number)
+        return IMAGE_MARK
+
+    return _NUMBERED_MARK.sub(mark, prompt), numbers
 
 
 def _sources(benchmark: Benchmark, root: str | None, path: str | None, size: int | None, seed: int) -> list[Source]:

@@ -20,7 +20,7 @@ from r1v_rl.data.chat import check_prompt_lengths, load_processor
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.durable import fault_point, replacing
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
-from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
+from r1v_rl.rollout.prompts import EncodedPrompt, prompt_encoder
 from r1v_rl.rollout.standalone import standalone_engine
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.scoring.replies import ReplyStore
@@ -117,15 +117,20 @@ class Answerer:
     """Answers rows, judges the answers, and tries again where they are wrong and nobody else will mend them."""
 
     def __init__(self, engine: RolloutEngine, processor: Any, recipe: Recipe, store: ReplyStore):
-        self._engine, self._processor = engine, processor
-        self._config, self._template_kwargs = recipe.iterate, recipe.template_kwargs
+        self._engine, self._config = engine, recipe.iterate
+        self._encode = prompt_encoder(
+            processor,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            with_vision_inputs=not self._config.use_vllm,
+            template_kwargs=recipe.template_kwargs,
+        )
         self._judge = AnswerJudge(recipe, store)
         self._num_resamples = self._config.num_resamples if recipe.scorers.reviser() is None else 0
 
     def answer(self, examples: Sequence[Example], seed: str) -> list[dict[str, Any]]:
         """One record of `PART_SCHEMA` a row; `seed` decides what is sampled."""
         config = self._config
-        prompts = [self._encoded(example) for example in examples]
+        prompts = [self._encode(example) for example in examples]
         opens = [prompt_opens_think(prompt.text) for prompt in prompts]
         first = config.sampling()
         completions = [group[0] for group in self._engine.generate(prompts, first, seed=_number(seed))]
@@ -154,11 +159,6 @@ class Answerer:
             for i, text in zip(needy, found, strict=True):
                 records[i] |= {"resampled": text, "num_resamples": self._num_resamples}
         return records
-
-    def _encoded(self, example: Example) -> EncodedPrompt:
-        device = "cuda" if torch.cuda.is_available() and not self._config.use_vllm else "cpu"
-        prompt = encode_prompt(self._processor, example, device=device, template_kwargs=self._template_kwargs)
-        return replace(prompt, vision_inputs={}) if self._config.use_vllm else prompt  # vLLM takes the pictures
 
     def _resample(
         self, prompts: list[EncodedPrompt], opens: list[bool], sampling: Sampling, seed: str
