@@ -62,6 +62,10 @@ def train(model: Path, output_dir: Path, changes: dict, kill: dict | None = None
         changes["trainable"] = None
         peft_config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     trainer = make_trainer(model, output_dir, peft_config, **changes)
+    if changes.get("max_staleness"):
+        from grpo.background import BackgroundTransformers
+
+        BackgroundTransformers(trainer)
     if kill:
         trainer.add_callback(Killer(**kill))
     resume = any(output_dir.glob("checkpoint-*"))

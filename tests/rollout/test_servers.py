@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ import pytest
 import torch
 from grpo.tiny_run import ROWS, make_trainer
 from random_vlm import save_random_vlm
+from transformers import TrainerCallback
 
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.grpo.batch import model_inputs, score
@@ -166,6 +168,56 @@ def test_without_the_cache_resets_they_are_not(trainer, model, tmp_path, monkeyp
     stale.train()
     monkeypatch.undo()
     assert max(differences(stale)) > 1e-3
+
+
+class Watch(TrainerCallback):
+    """Keeps the weights that every step begins with; the run fails after step `fails`."""
+
+    def __init__(self, fails: int = -1):
+        self.fails, self.weights = fails, {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.fails:
+            raise ZeroDivisionError
+
+
+def test_ahead_of_the_trainer_logprobs_are_those_of_the_policy_that_sampled(trainer, model, tmp_path):
+    ahead, watch = make_trainer(model, tmp_path, max_steps=5, max_staleness=1, **SERVERS), Watch()
+    ahead._engine = trainer.engine
+    ahead.add_callback(watch)
+    ahead.train()
+    assert logged(ahead, "staleness/max") == [0, 1, 1, 1, 1] and set(logged(ahead, "rollout/retries")) == {0.0}
+    assert differences(ahead)[0] <= 1e-4 and min(differences(ahead)[1:]) > 1e-3
+    assert ahead._buffer.weight_version == 3
+    ahead.model.load_state_dict(watch.weights[3])
+    with torch.no_grad():
+        inputs = ahead._model_inputs(ahead._buffer, range(8))
+        logprobs, _ = score(ahead.model, inputs)
+    for row, mask, sampled in zip(logprobs, inputs.token_mask, ahead._buffer.sampler_logprobs, strict=True):
+        assert (row[mask] - sampled).abs().max() <= 1e-4
+
+
+def test_a_run_that_fails_leaves_the_servers_nothing_to_do(trainer, model, tmp_path):
+    """While they sample the next generation, which would take long."""
+    long = {"max_completion_length": 150, "generation_kwargs": {"min_tokens": 150}, "num_generations": 8}
+    failing = make_trainer(model, tmp_path, max_steps=5, max_staleness=1, **{**SERVERS, **long})
+    failing._engine = trainer.engine
+    failing.add_callback(Watch(fails=1))
+    with pytest.raises(ZeroDivisionError):
+        failing.train()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollouts ahead"]
+    engine, until = trainer.engine, time.monotonic() + 60
+
+    def running() -> list[str]:
+        texts = [get(f"{url}/metrics", engine._key)[1].decode() for url in engine._urls]
+        return [line.split()[-1] for text in texts for line in text.splitlines() if "num_requests_running{" in line]
+
+    while set(running()) != {"0.0"} and time.monotonic() < until:
+        time.sleep(0.2)
+    assert running() == ["0.0", "0.0"]
 
 
 def test_a_stopped_server_is_left_out_and_replaced(trainer, monkeypatch):

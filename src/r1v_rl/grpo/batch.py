@@ -1,7 +1,7 @@
 """A generation batch: whole groups, from the rollout to the loss, cut into micro-batches of rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ class GenerationBatch:
     process_tokens: float
     """Counted tokens of the whole batch over all processes, divided by the processes."""
     weight_version: int
-    """Optimizer steps behind the weights that sampled it."""
+    """Optimizer steps behind the (oldest) weights that sampled it."""
+    rows: list[int] = field(default_factory=list)
+    """P places of the prompts in the training data; empty where they are not of it."""
     sampler_logprobs: list[Tensor] | None = None
     """B ragged rows; None where the engine is the policy itself."""
     old_logprobs: list[Tensor] | None = None

@@ -116,6 +116,21 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
             "machine, output_dir for others, which must see it under the same path."
         },
     )
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "Generations that rollout servers (`vllm_mode: server`) may be ahead of the trainer: they sample "
+            "the next ones while it updates, with weights that are at most as many generations old, and the loss is "
+            "corrected token by token (`vllm_importance_sampling_mode`). 0 = on policy."
+        },
+    )
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds in which groups whose rewards are all equal, and so teach nothing, are replaced by fresh "
+            "prompts (DAPO); 0 = off."
+        },
+    )
     share_prefix: bool = field(
         default=True,
         metadata={
@@ -206,6 +221,7 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
     def _check_values(self) -> None:
         if self.vllm_mode == "server" and self.use_vllm:
             self.server_settings()
+        self._check_staleness()
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, not `{self.loss_type}`.")
         if self.importance_sampling_level not in ("token", "sequence"):
@@ -237,6 +253,23 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
             )
         if self.sync_ref_model and self.beta == 0.0:
             raise RecipeError("`sync_ref_model` needs a reference model: set `beta` above 0.")
+
+    def _check_staleness(self) -> None:
+        if self.max_staleness < 0 or self.dynamic_sampling < 0:
+            raise RecipeError(
+                f"`max_staleness` and `dynamic_sampling` must be 0 or more; received {self.max_staleness} and "
+                f"{self.dynamic_sampling}."
+            )
+        if self.max_staleness and not (self.use_vllm and self.vllm_mode == "server"):
+            raise RecipeError(
+                f"`max_staleness` ({self.max_staleness}) needs rollouts that are made while the trainer updates: set "
+                "`use_vllm: true` and `vllm_mode: server`, or `max_staleness: 0`."
+            )
+        if self.max_staleness and not self.vllm_importance_sampling_correction:
+            raise RecipeError(
+                f"`max_staleness` ({self.max_staleness}) samples with older weights than it trains, which the loss "
+                "must correct: set `vllm_importance_sampling_correction: true`."
+            )
 
 
 @dataclass

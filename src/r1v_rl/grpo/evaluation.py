@@ -16,8 +16,7 @@ from r1v_rl.evaluate.accuracy import Accuracy, Answered, accuracy, answer_greedi
 from r1v_rl.evaluate.grounding import control_rows, gold_logprobs, grounding_measures
 from r1v_rl.evaluate.reflections import opening_tokens
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, score
-from r1v_rl.grpo.resume import GRPOResume
-from r1v_rl.rollout.engine import RolloutEngine
+from r1v_rl.grpo.rollouts import GroupRollouts
 from r1v_rl.types import Example
 
 _CHUNK = 256
@@ -25,21 +24,10 @@ _CHUNK = 256
 _NO_EXAMPLE = Example(id="", messages=[], images=(), answer=None)  # other processes know the rows
 
 
-class HeldoutEvaluation(GRPOResume):
+class HeldoutEvaluation(GroupRollouts):
     """The part of `GRPOTrainer` that measures."""
 
-    eval_examples: Sequence[Example] | None
-    eval_sets: dict[str, Sequence[Example]]
-    """Small sets answered every `eval_steps` (`eval_on`); where there are none, the held-out rows are."""
     control: TrainerControl
-    _engine_version: int | None
-
-    @property
-    def engine(self) -> RolloutEngine:
-        raise NotImplementedError
-
-    def _sync_engine(self) -> None:
-        raise NotImplementedError
 
     def _model_inputs(self, batch: GenerationBatch, rows: Sequence[int]) -> ModelInputs:
         raise NotImplementedError

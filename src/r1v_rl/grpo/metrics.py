@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from r1v_rl.grpo.advantages import nan_std
 from r1v_rl.grpo.loss import LossInputs, LossStats
 from r1v_rl.grpo.rewards import Rewarded
-from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.types import RolloutGroup
 
 
@@ -37,10 +36,15 @@ class Metrics:
         yield
         self.add(f"rollout/seconds_{name}", time.perf_counter() - started)
 
-    def add_engine(self, engine: RolloutEngine) -> None:
-        """What the engine tells of its last rollout, where it tells something."""
-        for name, value in getattr(engine, "metrics", {}).items():
+    def add_all(self, values: Mapping[str, float | int]) -> None:
+        for name, value in values.items():
             self.add(name, value)
+
+    def add_staleness(self, groups: Sequence[RolloutGroup], step: int) -> None:
+        """Optimizer steps between the weights that sampled these groups and those that begin to train on them."""
+        found = [step - group.weight_version for group in groups]
+        self.add("staleness/mean", sum(found) / len(found))
+        self.add("staleness/max", max(found))
 
     def flush(self, prefix: str = "") -> dict[str, float | None]:
         """Averages since the last flush (extremes where the name says so), NaN left out; None where none is left."""
@@ -104,6 +108,7 @@ class Metrics:
         """The correction's range, and the share of tokens it drops, by length of the completion."""
         used = ratio[:, 0] if ratio.shape[1] == 1 else ratio[mask]
         if len(used):
+            self.add("sampling/importance_sampling_ratio/distance", (used - 1.0).abs().mean())
             for what, value in (("min", used.min()), ("mean", used.mean()), ("max", used.max())):
                 self.add(f"sampling/importance_sampling_ratio/{what}", value)
         dropped = ((ratio == 0) & mask).sum(1)

@@ -5,8 +5,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
+from r1v_rl.grpo.ahead import RolloutsAhead
 from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
@@ -21,7 +23,7 @@ _MUST_AGREE = (
     "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
     "num_iterations", "max_completion_length", "temperature", "loss_type", "beta", "seed", "data_seed",
     "shuffle_dataset", "trainable", "learning_rate", "optim", "use_vllm",
-    "share_prefix", "skip_zero_advantage",
+    "share_prefix", "skip_zero_advantage", "max_staleness", "dynamic_sampling",
 )  # fmt: skip
 
 
@@ -36,6 +38,7 @@ class GRPOResume(ExactResume):
     metrics: Metrics
     ref_model: Any
     rollout_store: RolloutStore | None
+    _ahead: RolloutsAhead | None
     _buffer: GenerationBatch | None
     _buffered_generation: int
     _micro_step: int
@@ -55,11 +58,12 @@ class GRPOResume(ExactResume):
             "micro_step": self._micro_step,
             "num_tokens": self.metrics.num_tokens,
             "buffer": self._buffer_state(),
+            "ahead": self._ahead.state() if self._ahead is not None else {},
             "reference": dict(self.ref_model.state_dict()) if self.args.sync_ref_model else None,
         }
 
     def _buffer_state(self) -> dict | None:
-        """The rollouts that are not used up; their prompts follow from the sampler."""
+        """The rollouts that are not used up; their prompts follow from the training data."""
         used_up = self._micro_step % self.sampler.micro_steps_per_generation == 0
         if self._buffer is None or used_up:
             return None
@@ -72,7 +76,11 @@ class GRPOResume(ExactResume):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
         if not resume_from_checkpoint and self.rollout_store is not None:
             self.rollout_store.forget_after(-1)
-        return super().train(resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
 
     def _restore(self, state: dict) -> None:
         super()._restore(state)
@@ -84,13 +92,20 @@ class GRPOResume(ExactResume):
             self.ref_model.load_state_dict(state["reference"])
         if state["buffer"] is not None:
             self._restore_buffer(state["buffer"])
+        if self._ahead is not None:
+            self._restore_ahead(self._ahead, state["ahead"])
 
     def _restore_buffer(self, state: dict) -> None:
-        generation = state["generation"]
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        prompts = self._encode([self.train_examples[i] for i in self.sampler.prompts(generation, rank, world)])
+        prompts = self._encode([self.train_examples[i] for i in state["fields"]["rows"]])
         self._buffer = GenerationBatch(prompts=prompts, **state["fields"])
-        self._buffered_generation = generation
+        self._buffered_generation = state["generation"]
+
+    def _restore_ahead(self, ahead: RolloutsAhead, state: dict[int, dict]) -> None:
+        """What every process has; the rest is asked for again, by all of them."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for number in sorted(set.intersection(*map(set, gather_object([list(state)])))):
+            rows = self.sampler.prompts(number, rank, world)
+            ahead.restore(number, self._encode([self.train_examples[i] for i in rows]), state[number])
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-steps: what each of them trains on follows from its number alone."""

@@ -33,6 +33,16 @@ class Rewarded:
     scalars: dict[str, float] = field(default_factory=dict)
     """Metrics that reward functions logged, and the counts of the judging workers."""
 
+    def replace(self, place: int, other: "Rewarded", index: int) -> None:
+        """Put the rewards of a group of another batch in the place of one of this; metrics stay those of the first."""
+        self.per_function[place], self.rewards[place] = other.per_function[index], other.rewards[index]
+        size = self.rewards.shape[1]
+        for name in (*self.extra, *(set(other.extra) - set(self.extra))):
+            values = self.extra.setdefault(name, [])
+            values += [None] * (self.rewards.numel() - len(values))
+            theirs = other.extra.get(name, [])[index * size : (index + 1) * size]
+            values[place * size : (place + 1) * size] = [*theirs, *[None] * (size - len(theirs))]
+
 
 class RewardStage:
     """Calls the reward functions on groups and turns what they say into advantages.
@@ -58,6 +68,12 @@ class RewardStage:
         self._weights = torch.tensor(weights, dtype=torch.float32)
 
     def __call__(self, groups: Sequence[RolloutGroup], accelerator: Accelerator, trainer_state: Any) -> Rewarded:
+        rewarded = self.judge(groups, trainer_state)
+        rewarded.advantages = self.advantages(rewarded, accelerator)
+        return rewarded
+
+    def judge(self, groups: Sequence[RolloutGroup], trainer_state: Any) -> Rewarded:
+        """Rewards without advantages; other processes have no part in it."""
         extra: dict[str, list] = defaultdict(list)
         scalars: dict[str, list] = defaultdict(list)
         arguments: dict[str, Any] = reward_arguments(groups)
@@ -72,12 +88,15 @@ class RewardStage:
             names=[function.name for function in self.functions],
             per_function=per_function,
             rewards=rewards,
-            advantages=self._advantages(per_function, rewards, accelerator),
+            advantages=torch.zeros_like(rewards),
             extra=dict(extra),
             scalars={name: sum(values) / len(values) for name, values in scalars.items()},
         )
 
-    def _advantages(self, per_function: Tensor, rewards: Tensor, accelerator: Accelerator) -> Tensor:
+    def advantages(self, rewarded: Rewarded, accelerator: Accelerator) -> Tensor:
+        """(P, G). All processes must call it."""
+        per_function, rewards = rewarded.per_function, rewarded.rewards
+
         def over_all_processes(values: Tensor) -> tuple[Tensor, Tensor]:
             everywhere = accelerator.gather(values.to(accelerator.device)).cpu()
             return everywhere.nanmean(), nan_std(everywhere.flatten(), dim=0)

@@ -46,13 +46,26 @@ class PromptSampler:
     def prompts(self, generation: int, rank: int, world: int) -> list[int]:
         """Dataset indices of this process's share of a generation; an epoch's incomplete last one is left out."""
         epoch, position = divmod(generation, self.generations_per_epoch)
-        order = list(range(self.num_examples))
-        if self._shuffle:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            order = torch.randperm(self.num_examples, generator=generator).tolist()
+        order = self._order(self._seed * 1_000_003 + epoch)
         share = self.prompts_per_generation // world
         start = position * self.prompts_per_generation + rank * share
         return order[start : start + share]
+
+    def spare(self, generation: int, rank: int, world: int) -> list[int]:
+        """Dataset indices that this process may put in the place of prompts of a generation, none of which it has: in
+        an order of their own, or, without `shuffle`, from where the generation ends."""
+        taken = self.prompts(generation, 0, 1)
+        seed = numpy.random.SeedSequence([self._seed, generation]).generate_state(1)[0]
+        order = self._order(int(seed))
+        if not self._shuffle:
+            order = order[taken[-1] :] + order[: taken[-1]]
+        known = set(taken)
+        return [index for index in order if index not in known][rank::world]
+
+    def _order(self, seed: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(self.num_examples))
+        return torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class MicroSteps(Dataset):
@@ -68,6 +81,6 @@ class MicroSteps(Dataset):
         return {}
 
 
-def generation_seed(seed: int, generation: int, rank: int) -> int:
-    """The sampling seed of one generation on one process: far apart for neighbours."""
-    return int(numpy.random.SeedSequence([seed, generation, rank]).generate_state(1)[0])
+def generation_seed(seed: int, generation: int, rank: int, *rounds: int) -> int:
+    """The sampling seed of one generation (of one of its later rounds) on one process: far apart for neighbours."""
+    return int(numpy.random.SeedSequence([seed, generation, rank, *rounds]).generate_state(1)[0])

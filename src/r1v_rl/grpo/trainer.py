@@ -1,6 +1,5 @@
 """The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,15 +15,14 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from r1v_rl.data.chat import prompt_text
 from r1v_rl.data.dataset import as_examples
+from r1v_rl.grpo.ahead import RolloutsAhead
 from r1v_rl.grpo.batch import GenerationBatch, ModelInputs, loss_mask, model_inputs, padded, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.evaluation import GroundingEvery, HeldoutEvaluation
 from r1v_rl.grpo.loss import LossInputs, LossStats, Normalisation, policy_loss
 from r1v_rl.grpo.metrics import Metrics, entropy_mask
 from r1v_rl.grpo.policy import (
-    check_versions,
     frozen_vision,
-    make_engine,
     prepare_models,
     prepare_reference,
     reference_policy,
@@ -32,7 +30,8 @@ from r1v_rl.grpo.policy import (
 )
 from r1v_rl.grpo.records import completion_records, show_completions
 from r1v_rl.grpo.rewards import RewardStage
-from r1v_rl.grpo.sampler import PromptSampler, generation_seed
+from r1v_rl.grpo.rollouts import Rollouts
+from r1v_rl.grpo.sampler import PromptSampler
 from r1v_rl.grpo.update import (
     idle_passes,
     not_the_last_pass,
@@ -43,14 +42,13 @@ from r1v_rl.grpo.update import (
     zero_with_gradient,
 )
 from r1v_rl.models.blank_picture import BlankPicture
-from r1v_rl.rollout.engine import RolloutEngine, Sampling
+from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
 from r1v_rl.training.engines import prepare_engine, shards_weights
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.signals import StopOnSignal
-from r1v_rl.types import RolloutGroup
 
 
 class GRPOTrainer(HeldoutEvaluation):
@@ -124,8 +122,8 @@ class GRPOTrainer(HeldoutEvaluation):
         rank = self.accelerator.process_index
         self.rollout_store = RolloutStore(args.output_dir, rank=rank) if args.save_rollouts else None
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._engine = engine
-        self._engine_version: int | None = None
+        self._engine, self._engine_version = engine, None
+        self._ahead = RolloutsAhead(args.max_staleness) if args.max_staleness else None
         self._buffer: GenerationBatch | None = None
         self._buffered_generation = -1
         self._micro_step = 0
@@ -156,28 +154,19 @@ class GRPOTrainer(HeldoutEvaluation):
 
     def _rollout(self, generation: int) -> GenerationBatch:
         """Sample, reward and centre the groups of one generation; what the update needs of them."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        examples = [self.train_examples[i] for i in self.sampler.prompts(generation, rank, world)]
-        with self.metrics.timed("encode"):
-            prompts = self._encode(examples)
-        with self.metrics.timed("sync"):
-            self._sync_engine()
-        with self.metrics.timed("generate"):
-            seed = generation_seed(self.args.seed, generation, rank)
-            completions = self.engine.generate(prompts, self._sampling(), seed=seed)
-        self.metrics.add_engine(self.engine)
-        check_versions(completions, self.state.global_step)
-        groups = [
-            RolloutGroup(p.example, p.prompt_ids, c, self.state.global_step)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
+        rollouts = self._sampled(generation)
         with self.metrics.timed("reward"):
-            rewarded = self.reward_stage(groups, self.accelerator, self.state)
-        batch = self._generation_batch(prompts, groups, rewarded.advantages)
+            rewarded = self.reward_stage(rollouts.groups, self.accelerator, self.state)
+        if self.args.dynamic_sampling:
+            with self.metrics.timed("resample"):
+                self._replace_equal_groups(generation, rollouts, rewarded)
+        batch = self._generation_batch(rollouts, rewarded.advantages)
         with self.metrics.timed("score"):
             self._score_old_and_reference(batch)
-        self.metrics.add_rollout(groups, rewarded)
-        records = completion_records(prompts, groups, rewarded)
+        self.metrics.add_rollout(rollouts.groups, rewarded)
+        if self._ahead is not None:
+            self.metrics.add_staleness(rollouts.groups, self.state.global_step)
+        records = completion_records(rollouts.prompts, rollouts.groups, rewarded)
         if self.rollout_store is not None:
             self.rollout_store.write(generation, records)
         if self.args.log_completions and self.accelerator.is_main_process:
@@ -255,50 +244,20 @@ class GRPOTrainer(HeldoutEvaluation):
 
     # ---- parts of the loop ----------------------------------------------------------------------------------------
 
-    @property
-    def engine(self) -> RolloutEngine:
-        """The rollout engine, made at first use, after accelerate's process group."""
-        if self._engine is None:
-            self._engine = make_engine(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                self.args,
-                [*self.train_examples, *(self.eval_examples or []), *itertools.chain(*self.eval_sets.values())],
-                self.accelerator,
-            )
-        return self._engine
-
-    def _sync_engine(self) -> None:
-        if self._engine_version != self.state.global_step:
-            self.engine.sync_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
-            self._engine_version = self.state.global_step
-
-    def _sampling(self) -> Sampling:
-        args = self.args
-        return Sampling(
-            num_generations=args.num_generations,
-            max_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            extra=args.generation_kwargs or {},
-        )
-
-    def _generation_batch(self, prompts: list, groups: list[RolloutGroup], advantages: Tensor) -> GenerationBatch:
-        completions = [c for group in groups for c in group.completions]
+    def _generation_batch(self, rollouts: Rollouts, advantages: Tensor) -> GenerationBatch:
+        completions = [c for group in rollouts.groups for c in group.completions]
         counts = [not (self.args.mask_truncated_completions and c.is_truncated) for c in completions]
         tokens = sum(len(c.token_ids) for c, counted in zip(completions, counts, strict=True) if counted)
         device = self.accelerator.device
         total = self.accelerator.reduce(torch.tensor(float(tokens), device=device), reduction="sum").item()
         return GenerationBatch(
-            prompts=prompts,
+            prompts=rollouts.prompts,
+            rows=rollouts.rows,
             completion_ids=[c.token_ids for c in completions],
             counts=counts,
             advantages=advantages.flatten().to(device),
             process_tokens=max(total, 1.0) / self.accelerator.num_processes,
-            weight_version=self.state.global_step,
+            weight_version=min(group.weight_version for group in rollouts.groups),
             sampler_logprobs=[torch.tensor(c.logprobs, device=device) for c in completions]
             if all(len(c.logprobs) == len(c.token_ids) for c in completions)
             else None,

@@ -65,6 +65,17 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
+class BackgroundEngine(RolloutEngine, Protocol):
+    """One that can be asked from another thread, while the trainer updates."""
+
+    async def generate_async(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int
+    ) -> list[list[Completion]]:
+        """As `generate`; gives up what it has in hand when it is cancelled. No weights may be synced meanwhile."""
+        ...
+
+
+@runtime_checkable
 class StreamingEngine(RolloutEngine, Protocol):
     """One that can also hand out an answer while it is written."""
 

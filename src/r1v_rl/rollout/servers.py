@@ -1,5 +1,6 @@
 """Rollouts by vLLM servers, started for the run or given by address, all holding the policy's present weights."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -106,7 +107,8 @@ class ServerEngine:
         eos_token_ids: list[int],
     ):
         self._settings, self._accelerator = settings, accelerator
-        self._tokenizer, self._banned, self._eos = tokenizer, banned_token_ids, set(eos_token_ids)
+        self._tokenizer = copy.deepcopy(tokenizer)  # decodes in another thread while the trainer's encodes
+        self._banned, self._eos = banned_token_ids, set(eos_token_ids)
         self._policy: weakref.ref | None = None
         self._weights: Weights | None = None
         self._keeper: ServerKeeper | None = None
@@ -134,16 +136,23 @@ class ServerEngine:
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """As `RolloutEngine`. A completion's tokens follow from seed, prompt and weights, up to rounding: what shares a
         batch with it depends on timing."""
+        return run_async(self.generate_async(prompts, sampling, seed=seed))
+
+    async def generate_async(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int
+    ) -> list[list[Completion]]:
+        """The same as a coroutine, for another thread's event loop."""
         bodies = [
             self._body(prompt, {**sampling_parameters(sampling, *limits, self._banned), "seed": _seed(seed, i)})
             for i, (prompt, limits) in enumerate(zip(prompts, sampling.limits(len(prompts)), strict=True))
         ]
-        replies = self._ask(bodies, prompts)
-        assert self._weights is not None
+        weights = self._weights
+        assert weights is not None, "sync first"
+        replies = await self._asked(bodies, [prompt.example.id for prompt in prompts], weights.version)
         for prompt, reply in zip(prompts, replies, strict=True):
             check_prompt(prompt, reply.prompt_ids)
         return [
-            [completion(self._tokenizer, self._eos, *sample, self._weights.step) for sample in reply.samples]
+            [completion(self._tokenizer, self._eos, *sample, weights.step) for sample in reply.samples]
             for reply in replies
         ]
 

@@ -1,0 +1,167 @@
+"""The groups of a generation: sampled on policy or ahead of it, and replaced where they have nothing to teach."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from r1v_rl.errors import RecipeError
+from r1v_rl.grpo.policy import check_versions, make_engine
+from r1v_rl.grpo.resume import GRPOResume
+from r1v_rl.grpo.rewards import Rewarded, RewardStage
+from r1v_rl.grpo.sampler import generation_seed
+from r1v_rl.rollout.engine import BackgroundEngine, RolloutEngine, Sampling
+from r1v_rl.rollout.prompts import EncodedPrompt
+from r1v_rl.types import Example, RolloutGroup
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """P prompts of one process with their groups."""
+
+    rows: list[int]
+    """Of the dataset."""
+    prompts: list[EncodedPrompt]
+    groups: list[RolloutGroup]
+
+
+class GroupRollouts(GRPOResume):
+    """The part of `GRPOTrainer` that asks the rollout engine for training."""
+
+    eval_examples: Sequence[Example] | None
+    eval_sets: dict[str, Sequence[Example]]
+    """Small sets answered every `eval_steps` (`eval_on`); where there are none, the held-out rows are."""
+    reward_stage: RewardStage
+    _engine: RolloutEngine | None
+    _engine_version: int | None
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The rollout engine, made at first use, after accelerate's process group."""
+        if self._engine is None:
+            self._engine = make_engine(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                self.args,
+                [*self.train_examples, *(self.eval_examples or []), *itertools.chain(*self.eval_sets.values())],
+                self.accelerator,
+            )
+        return self._engine
+
+    def _sync_engine(self) -> None:
+        if self._engine_version != self.state.global_step:
+            if self._ahead is not None:
+                self._ahead.wait()
+            self.engine.sync_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            self._engine_version = self.state.global_step
+
+    def _sampling(self) -> Sampling:
+        args = self.args
+        return Sampling(
+            num_generations=args.num_generations,
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            extra=args.generation_kwargs or {},
+        )
+
+    def _sampled(self, generation: int) -> Rollouts:
+        """The groups of one generation; with `max_staleness` they were begun earlier, and later ones are begun now."""
+        if self._ahead is not None:
+            return self._sampled_ahead(generation)
+        rows = self._rows(generation)
+        with self.metrics.timed("encode"):
+            prompts = self._encode([self.train_examples[i] for i in rows])
+        with self.metrics.timed("sync"):
+            self._sync_engine()
+        with self.metrics.timed("generate"):
+            seed = generation_seed(self.args.seed, generation, self.accelerator.process_index)
+            completions = self.engine.generate(prompts, self._sampling(), seed=seed)
+        self.metrics.add_all(getattr(self.engine, "metrics", {}))
+        check_versions(completions, self.state.global_step)
+        return Rollouts(rows, prompts, _groups(prompts, completions, self.state.global_step))
+
+    def _rows(self, generation: int) -> list[int]:
+        return self.sampler.prompts(generation, self.accelerator.process_index, self.accelerator.num_processes)
+
+    # ---- ahead of the trainer ---------------------------------------------------------------------------------------
+
+    def _sampled_ahead(self, generation: int) -> Rollouts:
+        assert self._ahead is not None
+        micro_steps = self.state.max_steps * self.args.gradient_accumulation_steps
+        last = (micro_steps - 1) // self.sampler.micro_steps_per_generation
+        waited_s = 0.0
+        if missing := self._ahead.missing(generation, last):
+            with self.metrics.timed("encode"):
+                encoded = {n: self._encode([self.train_examples[i] for i in self._rows(n)]) for n in missing}
+            started = time.perf_counter()
+            self._ahead.wait()  # servers take weights while they have nothing in hand
+            waited_s = time.perf_counter() - started
+            with self.metrics.timed("sync"):
+                self._sync_engine()
+            if not isinstance(self.engine, BackgroundEngine):
+                raise RecipeError(
+                    f"`max_staleness` above 0 needs rollout servers (`vllm_mode: server`), this engine "
+                    f"({type(self.engine).__name__}) cannot sample while the trainer updates"
+                )
+            for number, prompts in encoded.items():
+                seed = generation_seed(self.args.seed, number, self.accelerator.process_index)
+                asked = self.engine.generate_async(prompts, self._sampling(), seed=seed)
+                self._ahead.begin(number, prompts, asked, version=self.state.global_step, begun=generation)
+        started = time.perf_counter()
+        ahead = self._ahead.take(generation)
+        self.metrics.add("rollout/seconds_generate", waited_s + time.perf_counter() - started)
+        completions, metrics = ahead.answer.result()
+        self.metrics.add_all({**getattr(self.engine, "metrics", {}), **metrics})
+        check_versions(completions, ahead.version)
+        return Rollouts(self._rows(generation), ahead.prompts, _groups(ahead.prompts, completions, ahead.version))
+
+    # ---- dynamic sampling -------------------------------------------------------------------------------------------
+
+    def _replace_equal_groups(self, generation: int, rollouts: Rollouts, rewarded: Rewarded) -> None:
+        """Put fresh prompts in the place of groups whose rewards are all equal, in at most `dynamic_sampling` rounds
+        (DAPO, arXiv:2503.14476); a group that no round could better stays. All processes do as many rounds."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        spare = self.sampler.spare(generation, rank, world)
+        equal = [place for place, row in enumerate(rewarded.rewards) if not differs(row)]
+        found, rounds = len(equal), 0
+        self.metrics.add("dynamic_sampling/reward", rewarded.rewards.nanmean())
+        while rounds < self.args.dynamic_sampling:
+            rows, spare = spare[: len(equal)], spare[len(equal) :]
+            asked = torch.tensor(float(len(rows)), device=self.accelerator.device)
+            if not self.accelerator.reduce(asked, reduction="sum"):
+                break
+            rounds += 1
+            if rows:
+                fresh, judged = self._fresh_groups(rows, generation_seed(self.args.seed, generation, rank, rounds))
+                for index in (index for index, row in enumerate(judged.rewards) if differs(row)):
+                    place = equal.pop(0)
+                    rollouts.rows[place], rollouts.prompts[place] = fresh.rows[index], fresh.prompts[index]
+                    rollouts.groups[place] = fresh.groups[index]
+                    rewarded.replace(place, judged, index)
+        self.metrics.add("dynamic_sampling/replaced", (found - len(equal)) / len(rollouts.groups))
+        self.metrics.add("dynamic_sampling/rounds", rounds)
+        rewarded.advantages = self.reward_stage.advantages(rewarded, self.accelerator)
+
+    def _fresh_groups(self, rows: list[int], seed: int) -> tuple[Rollouts, Rewarded]:
+        """Groups of these rows, sampled with the weights that the engine holds, and their rewards."""
+        prompts = self._encode([self.train_examples[i] for i in rows])
+        completions = self.engine.generate(prompts, self._sampling(), seed=seed)
+        assert self._engine_version is not None
+        check_versions(completions, self._engine_version)
+        groups = _groups(prompts, completions, self._engine_version)
+        return Rollouts(rows, prompts, groups), self.reward_stage.judge(groups, self.state)
+
+
+def differs(rewards: torch.Tensor) -> bool:
+    """Whether two of a group's rewards (G,) differ; NaN, a reward that could not judge, is left out."""
+    return bool(rewards.nan_to_num(nan=torch.inf).min() < rewards.nan_to_num(nan=-torch.inf).max())
+
+
+def _groups(prompts: Sequence[EncodedPrompt], completions: Sequence[list], version: int) -> list[RolloutGroup]:
+    return [RolloutGroup(p.example, p.prompt_ids, c, version) for p, c in zip(prompts, completions, strict=True)]
