@@ -59,6 +59,7 @@ def test_every_key_of_trl_is_there_and_one_default_differs():
         ({"per_device_train_batch_size": 6}, "generation_batch_size.*6.*4"),
         ({"num_generations": 1, "per_device_train_batch_size": 8}, "at least 2 generations"),
         ({"sync_ref_model": True}, "sync_ref_model.*beta"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size.*needs `vllm_mode: server`"),
         ({"use_vllm": True, "vllm_mode": "elsewhere"}, "vllm_mode.*colocate.*server.*elsewhere"),
         ({"use_vllm": True, "vllm_mode": "server", "vllm_num_servers": 0}, "vllm_num_servers.*at least 1.*0"),
         ({"use_vllm": True, "vllm_mode": "server", "rollout_timeout_s": 0}, "rollout_timeout_s.*above 0"),

@@ -221,6 +221,11 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
     def _check_values(self) -> None:
         if self.vllm_mode == "server" and self.use_vllm:
             self.server_settings()
+        elif self.use_vllm and self.vllm_tensor_parallel_size > 1:
+            raise RecipeError(
+                f"`vllm_tensor_parallel_size` ({self.vllm_tensor_parallel_size}) needs `vllm_mode: server`: rollouts in "
+                "the training process have its one device."
+            )
         self._check_staleness()
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, not `{self.loss_type}`.")
