@@ -4,9 +4,9 @@
 
 A case runs some steps of a recipe on the CPU and reads from the kernel, while it runs, what its process holds: resident
 memory at its peak (VmHWM), libraries and Python included, as `plan` counts it. GRPO is planned with the length that
-completions had, since the recipe says their limit alone. `--small` is the repository in which the
-chain of recipes/small has run, whose models and data are used; without it the tiny recipes alone. `--series` prints how
-the resident memory goes on from step to step.
+completions had, since the recipe says their limit alone. `--small` is the repository in which the chain of
+recipes/small has run, whose models and data are used; without it the tiny recipes alone. `--series` prints how the
+resident memory goes on from step to step.
 """
 
 import argparse
@@ -64,6 +64,9 @@ def main() -> None:
         folder = options.tiny if case.name.startswith("tiny") else options.small
         if (options.case and case.name not in options.case) or folder is None:
             continue
+        if case.model and not (folder / case.model / "config.json").exists():
+            print(f"{case.name:<14}left out: {folder / case.model} holds no model (make demo, make chain)")
+            continue
         steps = options.steps or (min(3, case.steps) if options.quick else case.steps)
         words = _words(case, folder)
         peak, series, length = measured(case, words, steps)
@@ -74,7 +77,11 @@ def main() -> None:
         print("    " + ", ".join(f"{kind} {peak[kind]:.2f}" for kind in _KINDS[1:]), flush=True)
         if options.series:
             print("    " + " ".join(f"{t:.0f}s:{gb:.2f}" for t, gb in series), flush=True)
-        rows.append({"case": case.name, "planned": terms, "measured": peak, "steps": steps})
+        ratio = total / peak["VmHWM"]
+        rows.append(
+            {"case": case.name, "ours": total, "baseline": peak["VmHWM"], "terms": terms, "measured": peak}
+            | dict.fromkeys(("ratio_median", "ratio_min", "ratio_max"), ratio)
+        )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
 """Process settings: each test runs in a process of its own, since they must precede torch."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -33,6 +34,36 @@ def test_import_is_light_and_sets_the_wait_policy_before_torch():
 
 def test_a_wait_policy_of_the_user_is_kept():
     assert run("import r1v_rl, os; print(os.environ['OMP_WAIT_POLICY'])", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+
+
+GROWTH = """
+import r1v_rl, ctypes, torch
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d e f g used free top".split()]
+
+def used():
+    return c.mallinfo2().used
+
+c = ctypes.CDLL(None)
+c.mallinfo2.restype = Heap
+torch.set_num_threads(1)
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+
+def products(start):
+    for rows in range(start, start + 400):
+        torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weight)
+
+products(1)
+before = used()
+products(401)
+print(used() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads glibc's own figures")
+def test_products_of_ever_new_sizes_do_not_fill_the_memory():
+    assert int(run(GROWTH)) < 20e6
 
 
 def test_schemas_are_declared_exactly_where_the_compiled_ops_cannot_load():

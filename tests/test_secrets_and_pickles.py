@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from distill.distill_run import KEYS as DISTILL
 from distill.distill_run import write_rows
 from distill.test_pipeline import Server
 from guarded_run import LOADED, OPENED, PICKLES, plant
+from published_chat import INTERNVIT_6B, save_chat
 from random_vlm import picture, save_random_vlm
 
 from r1v_rl.tiny.parts import resolve_part
@@ -66,8 +68,9 @@ def steps_of(out: Path, model: str, url: str) -> list[tuple[dict, int | None]]:
     rounds = {
         **sft, **judged, "dataset_size": 4, "output_dir": f"{out}/rounds", "taus": [1], "learning_rates": [1e-3],
         "use_vllm": False, "max_completion_length": 6, "answer_kind": "text", "max_steps": 1,
+        "num_resamples": 1,
     }  # fmt: skip
-    del rounds["dataset_kwargs"], rounds["learning_rate"]
+    del rounds["learning_rate"]
     distilled = {
         **DISTILL, **judged, "dataset_name": f"{out}/rows.jsonl", "output_dir": f"{out}/distilled",
         "model_name_or_path": model, "generator_base_url": url, "generator_api_key_env": "WRITER_TOKEN",
@@ -86,7 +89,7 @@ def steps_of(out: Path, model: str, url: str) -> list[tuple[dict, int | None]]:
     run += [
         (words("evaluate", tested), 0), (words("chat", asked), 0),
         (words("compose", {**parts, "output_dir": f"{out}/composed"}), 0),
-        (words("convert", {"model_name_or_path": model, "output_dir": f"{out}/chat_layout"}), 0),
+        (words("convert", {"model_name_or_path": f"{out}/published", "output_dir": f"{out}/converted"}), 0),
         (["plan", "grpo", *words("", {**grpo, "config": f"{out}/grpo.yaml"})[1:]], 0),
         (["check", "grpo", *words("", {**grpo, "config": f"{out}/grpo.yaml"})[1:]], 0),
         (words("evaluate", {**tested, "model_name_or_path": f"{out}/only_pickles"}), 2),
@@ -103,7 +106,9 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
-        self.pid, self.commands, self.environments = pid, {}, {}
+        self.pid = pid
+        self.seen: dict[tuple[int, bytes], bytes] = {}
+        """Environment of each process, by its pid and its command line."""
 
     def run(self) -> None:
         while Path(f"/proc/{self.pid}/cmdline").exists():
@@ -111,19 +116,18 @@ class Watch(threading.Thread):
             time.sleep(0.1)
 
     def look(self, pid: int) -> None:
-        try:
-            folder = Path(f"/proc/{pid}")
-            if command := (folder / "cmdline").read_bytes():
-                self.commands.setdefault(pid, set()).add(command)
-                self.environments.setdefault(pid, (folder / "environ").read_bytes())
-            below = [child for task in (folder / "task").iterdir() for child in (task / "children").read_text().split()]
-        except OSError:
-            return
-        for child in below:
-            self.look(int(child))
+        folder = Path(f"/proc/{pid}")
+        with suppress(OSError):
+            command, environment = ((folder / name).read_bytes() for name in ("cmdline", "environ"))
+            if command and (folder / "cmdline").read_bytes() == command:  # else it was becoming another program
+                self.seen[pid, command] = environment
+        for children in folder.glob("task/*/children"):
+            with suppress(OSError):
+                for child in children.read_text().split():
+                    self.look(int(child))
 
     def environments_of(self, word: bytes) -> list[bytes]:
-        return [self.environments[pid] for pid, lines in self.commands.items() if any(word in line for line in lines)]
+        return [environment for (_, command), environment in self.seen.items() if word in command]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +141,8 @@ def runs(tmp_path_factory):
         (out / part).mkdir()
         for file in Path(resolve_part(name)).iterdir():
             (out / part / file.name).write_bytes(file.read_bytes())
-    for folder in (model, only, out / "encoder", out / "llm"):
+    save_chat(out / "published", "v1", INTERNVIT_6B)
+    for folder in (model, only, out / "encoder", out / "llm", out / "published"):
         plant(folder)
     picture(0).save(out / "one.png")
     write_rows(out / "rows.jsonl", 4)
@@ -189,9 +194,9 @@ def test_no_file_and_no_log_holds_a_secret(runs):
 
 
 def test_no_process_argument_holds_a_secret(runs):
-    commands = [line for lines in runs[2].commands.values() for line in lines]
+    commands = [command for _, command in runs[2].seen]
     started = ("vllm.entrypoints", "plugin_process", "grader_process", "-m\0r1v_rl\0sft", "guarded_run")
-    assert all(any(word.encode() in line for line in commands) for word in started), commands
+    assert [word for word in started if not any(word.encode() in line for line in commands)] == []
     assert not [line for line in commands for value in SECRETS.values() if value.encode() in line]
 
 
@@ -202,8 +207,8 @@ def test_processes_that_run_other_peoples_code_or_text_see_no_secret(runs):
 
 
 def test_no_pickle_is_opened(runs):
-    out, (_, _, log), *_ = runs
+    log = runs[1][2]
     assert OPENED not in log and LOADED not in log, log[log.find("PICKLE ") :][:3000]
-    assert (out / "model" / PICKLES[0]).exists() and (out / "grpo/checkpoint-2" / "optimizer.pt").exists()
+    assert (runs[0] / "model" / PICKLES[0]).exists()
     assert log.count("must hold its weights as safetensors; pickles") == 2
     assert log.count("optimizer.pt is not in the manifest") >= 2, "the checkpoints with pickles were named"

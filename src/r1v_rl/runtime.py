@@ -13,6 +13,9 @@ from pathlib import Path
 DIE_WITH_PARENT = "R1V_DIE_WITH_PARENT"
 """Environment variable: the pid of the process that this one must not outlive, through any launcher."""
 
+KEPT_PRODUCTS = 256
+"""oneDNN's kernels that a process keeps, on a CPU: those of two or three packed rows."""
+
 _PR_SET_PDEATHSIG = 1
 _TRIGGERS = ("torch", "torchvision", "transformers", "vllm")
 _OP_SCHEMAS = (
@@ -78,8 +81,12 @@ def prepare() -> None:
 
     A spinning libgomp makes everything about 30 times slower as soon as another process shares the cores, and it reads
     its wait policy when it is loaded, so the variable must be set before torch is imported.
+
+    oneDNN keeps the code of every product in bfloat16 that it has met, 0.6 MB for each number of rows, 1024 of them by
+    default: packed rows are all of another length, so a run on a CPU grew by gigabytes, with what lay between.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

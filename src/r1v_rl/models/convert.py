@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from r1v_rl.checkpoints import PICKLE_SUFFIXES
 from r1v_rl.data.transposed_tiles import TransposedTilesImageProcessor
 from r1v_rl.errors import UserError
 from r1v_rl.models import chat_config, chat_keys
@@ -41,7 +42,7 @@ from r1v_rl.state_files import combined_hash, tensor_hash
 TRANSFORMERS, CHAT = "transformers", "internvl_chat"
 LAYOUTS = (TRANSFORMERS, CHAT)
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLE_SUFFIXES)
 _VISION, _PIXELS = "vision_model.", "preprocessor_config.json"
 _STAGE_FILES = ("manifest.json", "config.yaml")
 

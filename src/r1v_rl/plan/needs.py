@@ -6,10 +6,13 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from r1v_rl.models.logprobs import LOGITS_AT_ONCE, VOCABULARY_TILE
 from r1v_rl.plan.shape import BYTES, Shape
+from r1v_rl.runtime import KEPT_PRODUCTS
 
 ADAM_STATES = 2
 SHARDED = {"weights": 3, "reference": 3, "gradients": 2, "optimizer": 1}
 """What is spread over the processes from which ZeRO stage on (FSDP: 3)."""
+PRODUCT_BYTES = 0.6e6
+"""Of one of oneDNN's kernels for a product in bfloat16, measured; float32 products are MKL's, which keeps none."""
 _FLOAT32 = BYTES["float32"]
 
 
@@ -80,7 +83,10 @@ def memory_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
         found["gradients"] = max(0.0, found["gradients"] - activations)
     # the head's backward pass comes first, then that of a layer, whose gradients are as large as what it kept
     largest = max(_head_bytes(shape, work, setting), layer * work.tokens * work.fullest)
-    return {**found, "activations": activations, "backward, largest step": largest}
+    found |= {"activations": activations, "backward, largest step": largest}
+    if setting.on_cpu and setting.compute_dtype == "bfloat16":
+        found["oneDNN's kernels"] = KEPT_PRODUCTS * PRODUCT_BYTES
+    return found
 
 
 def _autocast_copies(shape: Shape, setting: Setting) -> float:
