@@ -83,10 +83,12 @@ def prepare() -> None:
     its wait policy when it is loaded, so the variable must be set before torch is imported.
 
     oneDNN keeps the code of every product in bfloat16 that it has met, 0.6 MB for each number of rows, 1024 of them by
-    default: packed rows are all of another length, so a run on a CPU grew by gigabytes, with what lay between.
+    default: packed rows are all of another length, so a run on a CPU grew by gigabytes, with what lay between. torch
+    holds the same ones in a cache of its own, whose variable is the second one.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(KEPT_PRODUCTS))
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

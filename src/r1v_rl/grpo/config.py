@@ -223,8 +223,8 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
             self.server_settings()
         elif self.use_vllm and self.vllm_tensor_parallel_size > 1:
             raise RecipeError(
-                f"`vllm_tensor_parallel_size` ({self.vllm_tensor_parallel_size}) needs `vllm_mode: server`: rollouts in "
-                "the training process have its one device."
+                f"`vllm_tensor_parallel_size` ({self.vllm_tensor_parallel_size}) needs `vllm_mode: server`: rollouts "
+                "in the training process have its one device."
             )
         self._check_staleness()
         if self.loss_type not in LOSS_TYPES:
