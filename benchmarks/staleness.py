@@ -41,7 +41,8 @@ def r1v_rl_command(*words: object, log: Path) -> None:
 
 def measured(folder: Path) -> dict[str, float]:
     """What a finished run says of itself."""
-    lines = [line for line in read_metrics(folder) if "step_time" in line][WARM_UP:]
+    lines = [line for line in read_metrics(folder) if "step_time" in line]
+    lines = lines[min(WARM_UP, len(lines) - 1) :]
     summary = json.loads((folder / "summary.json").read_text())
     return {
         "seconds": statistics.median(line["step_time"] for line in lines),
