@@ -41,7 +41,8 @@ def r1v_rl_command(*words: object, log: Path) -> None:
 
 def measured(folder: Path) -> dict[str, float]:
     """What a finished run says of itself."""
-    lines = [line for line in read_metrics(folder) if "step_time" in line][WARM_UP:]
+    lines = [line for line in read_metrics(folder) if "step_time" in line]
+    lines = lines[min(WARM_UP, len(lines) - 1) :]
     summary = json.loads((folder / "summary.json").read_text())
     return {
         "seconds": statistics.median(line["step_time"] for line in lines),
@@ -58,7 +59,8 @@ def run(seed: int, staleness: int, model: Path, folder: Path, more: list[object]
     if not (folder / "manifest.json").exists():
         keys: dict[str, object] = {
             "model_name_or_path": model, "output_dir": folder, "seed": seed, "max_staleness": staleness,
-            "vllm_num_servers": 1, "save_strategy": "no", "save_rollouts": False, "report_to": "none",
+            "vllm_num_servers": 1, "vllm_server_timeout": 1200, "save_strategy": "no", "save_rollouts": False,
+            "report_to": "none",
         }  # fmt: skip
         words = [word for key, value in keys.items() for word in (f"--{key}", value)]
         log = folder.with_suffix(".log")
