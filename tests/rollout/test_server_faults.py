@@ -289,13 +289,13 @@ def test_weight_files_hold_what_they_should_and_go(tmp_path, monkeypatch):
     assert folder.path.stat().st_mode & 0o077 == 0
     tied = torch.arange(20.0)
     weights = {"embedding": tied, "middle": torch.ones(3, 5)[:, :2], "head": tied}
-    files = folder.write(weights, "trained-0")
+    files = folder.write(weights.items(), "trained-0")
     assert len(files) == 2 and all(Path(file).parent == folder.path for file in files)
     read = dict(_tensors(files))
     assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
     monkeypatch.setattr(weight_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"GB left: set `weight_sync_dir`"):
-        folder.write(weights, "trained-1")
+    with pytest.raises(UserError, match=r"GB more: set `weight_sync_dir`"):
+        folder.write(weights.items(), "trained-1")
     folder.keep(files[1:])
     assert [str(path) for path in folder.path.iterdir()] == files[1:]
     folder.remove()

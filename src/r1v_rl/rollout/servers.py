@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from r1v_rl.errors import RecipeError, UserError
+from r1v_rl.models.parts import PARTS
 from r1v_rl.rollout.dispatch import Dispatch
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
@@ -27,7 +29,7 @@ from r1v_rl.rollout.server_keeper import Server, ServerKeeper, Weights
 from r1v_rl.rollout.vllm_requests import check_prompt, completion, sampling_parameters
 from r1v_rl.rollout.vllm_server import API_KEY, LOOPBACK, check_options, free_port, start_server
 from r1v_rl.rollout.weight_files import WeightFolder
-from r1v_rl.rollout.weights import frozen_weights, trained_weights
+from r1v_rl.rollout.weights import stream_disk_weights, trained_parts
 from r1v_rl.scoring.loader import run_async
 from r1v_rl.types import Completion
 
@@ -128,10 +130,14 @@ class ServerEngine:
     def sync_weights(self, policy: nn.Module, version: int = 0) -> None:
         """Write what trains (the first time everything) and wait until every server that answers holds it."""
         known = self._policy is not None and self._policy() is policy
-        trained, frozen = trained_weights(policy), {} if known else frozen_weights(policy)
         self._policy = weakref.ref(policy)
         self._accelerator.wait_for_everyone()  # no process has anything under way with older weights
-        self._weights = self._on_main(lambda: self._hand_over(trained, frozen, version, new=not known))
+        trained = trained_parts(policy)
+        number = self._weights.number + 1 if self._weights is not None else 0
+        mistakes: list[UserError] = []
+        files = self._written(policy, trained, f"trained-{number}", mistakes)
+        frozen = None if known else self._written(policy, set(PARTS) - trained, f"frozen-{number}", mistakes)
+        self._weights = self._on_main(lambda: self._hand_over(number, version, files, frozen, mistakes))
 
     def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """As `RolloutEngine`. A completion's tokens follow from seed, prompt and weights, up to rounding: what shares a
@@ -202,14 +208,31 @@ class ServerEngine:
         )
         return Server(f"http://{LOOPBACK[0]}:{port}", start, log)
 
-    def _hand_over(self, trained: dict, frozen: dict, step: int, *, new: bool) -> Weights:
+    def _written(self, policy: nn.Module, parts: set[str], name: str, mistakes: list[UserError]) -> tuple[str, ...]:
+        """The files that the first process writes; the others take part where weights are spread."""
+        weights = stream_disk_weights(policy, parts)
+        try:
+            return tuple(self._folder.write(weights, name)) if self._folder is not None else ()
+        except UserError as error:
+            mistakes.append(error)
+            return ()
+        finally:
+            deque(weights, maxlen=0)  # who leaves early keeps the others waiting
+
+    def _hand_over(
+        self,
+        number: int,
+        step: int,
+        files: tuple[str, ...],
+        frozen: tuple[str, ...] | None,
+        mistakes: list[UserError],
+    ) -> Weights:
+        if mistakes:
+            raise mistakes[0]
         assert self._folder is not None and self._keeper is not None
         before = self._weights
-        number = before.number + 1 if before is not None else 0
-        files = tuple(self._folder.write(trained, f"trained-{number}"))
-        if new or before is None:
-            kept = tuple(self._folder.write(frozen, f"frozen-{number}"))
-            weights = Weights(secrets.token_hex(8), number, step, kept, files)
+        if before is None or frozen is not None:
+            weights = Weights(secrets.token_hex(8), number, step, frozen or (), files)
         else:
             weights = Weights(before.run, number, step, before.frozen, files)
         self._keeper.hold(weights)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -30,28 +30,22 @@ class WeightFolder:
         _sweep(place)
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-", dir=place))
 
-    def write(self, weights: Mapping[str, Tensor], name: str) -> list[str]:
-        """The files, each of about a gigabyte at most, that these weights are in now.
+    def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> list[str]:
+        """The files, each of about a gigabyte, that these weights are in now; no more than one is in memory.
 
         Raises:
             UserError: If there is no room.
         """
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-        if needed > (free := shutil.disk_usage(self.path).free):
-            raise UserError(
-                f"{needed / 1e9:.1f} GB of weights go to the rollout servers through {self.path.parent}, which has "
-                f"{free / 1e9:.1f} GB left: set `weight_sync_dir` to a folder that has room and that the servers see"
-            )
         files: list[str] = []
         bucket: dict[str, Tensor] = {}
         size = 0
-        for key, tensor in weights.items():
+        for key, tensor in weights:
             bucket[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)  # tied ones too
             size += tensor.numel() * tensor.element_size()
             if size >= _BUCKET_BYTES:
-                files.append(self._save(bucket, name, len(files)))
+                files.append(self._save(bucket, size, name, len(files)))
                 bucket, size = {}, 0
-        return [*files, self._save(bucket, name, len(files))] if bucket else files
+        return [*files, self._save(bucket, size, name, len(files))] if bucket else files
 
     def keep(self, files: Collection[str]) -> None:
         """Remove all others."""
@@ -63,7 +57,12 @@ class WeightFolder:
         """Everything; may be called again."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _save(self, bucket: dict[str, Tensor], name: str, number: int) -> str:
+    def _save(self, bucket: dict[str, Tensor], size: int, name: str, number: int) -> str:
+        if size > (free := shutil.disk_usage(self.path).free):
+            raise UserError(
+                f"weights go to the rollout servers through {self.path.parent}, which has {free / 1e9:.1f} GB left for "
+                f"{size / 1e9:.1f} GB more: set `weight_sync_dir` to a folder that has room and that the servers see"
+            )
         path = str(self.path / f"{name}-{number}.safetensors")
         save_file(bucket, path)
         return path

@@ -19,16 +19,6 @@ def trained_parts(policy: Any) -> set[str]:
     return {part_of(name) for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def trained_weights(policy: Any) -> dict[str, Tensor]:
-    """Those of `disk_weights` that belong to `trained_parts`."""
-    return disk_weights(policy, trained_parts(policy))
-
-
-def frozen_weights(policy: Any) -> dict[str, Tensor]:
-    """The others of `disk_weights`: what stays as it is."""
-    return disk_weights(policy, set(PARTS) - trained_parts(policy))
-
-
 def disk_weights(policy: Any, parts: Collection[str] = PARTS) -> dict[str, Tensor]:
     """All that `stream_disk_weights` yields."""
     return dict(stream_disk_weights(policy, parts))
