@@ -92,6 +92,7 @@ def steps_of(out: Path, model: str, url: str) -> list[tuple[dict, int | None]]:
         (words("convert", {"model_name_or_path": f"{out}/published", "output_dir": f"{out}/converted"}), 0),
         (["plan", "grpo", *words("", {**grpo, "config": f"{out}/grpo.yaml"})[1:]], 0),
         (["check", "grpo", *words("", {**grpo, "config": f"{out}/grpo.yaml"})[1:]], 0),
+        (words("judge", {"input": f"{out}/answers.jsonl", "prompt_opens_think": False}), 0),
         (words("evaluate", {**tested, "model_name_or_path": f"{out}/only_pickles"}), 2),
         (words("sft", {**sft, "model_name_or_path": f"{out}/only_pickles", "output_dir": f"{out}/none"}), 2),
         (words("distill", distilled), 0), (words("iterate", rounds), 0), (words("grpo", live), 0),
@@ -147,6 +148,7 @@ def runs(tmp_path_factory):
     picture(0).save(out / "one.png")
     write_rows(out / "rows.jsonl", 4)
     (out / "reward.py").write_text(REWARD)
+    (out / "answers.jsonl").write_text(json.dumps({"gold": "2x + 2", "completion": r"\\boxed{2(x + 1)}"}) + "\n")
     (out / "grpo.yaml").write_text("# r1v-rl grpo --config grpo.yaml\n")
     (out / "sft.yaml").write_text(json.dumps({**SFT, "model_name_or_path": str(model), "max_steps": 1}))
     stage = {"name": "sft", "command": "sft", "config": "sft.yaml", "evaluate": False}

@@ -92,7 +92,8 @@ def test_two_processes_ask_as_often_and_for_other_rows(model, tmp_path):
     for name in ("on policy", "ahead"):
         first, second = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
         assert first["rounds"] == second["rounds"] and max(first["rounds"]) > 0, name
-        assert first["replaced"] != second["replaced"], name
+        if name == "on policy":  # ahead of it both have as many
+            assert first["replaced"] != second["replaced"]
         assert first["weights"] == second["weights"], name
         for rows, others in zip(first["rows"], second["rows"], strict=True):
             assert not set(rows) & set(others), name
