@@ -148,7 +148,7 @@ def runs(tmp_path_factory):
     picture(0).save(out / "one.png")
     write_rows(out / "rows.jsonl", 4)
     (out / "reward.py").write_text(REWARD)
-    (out / "answers.jsonl").write_text(json.dumps({"gold": "2x + 2", "completion": r"\\boxed{2(x + 1)}"}) + "\n")
+    (out / "answers.jsonl").write_text(json.dumps({"gold": "2x + 2", "completion": r"\boxed{2(x + 1)}"}) + "\n")
     (out / "grpo.yaml").write_text("# r1v-rl grpo --config grpo.yaml\n")
     (out / "sft.yaml").write_text(json.dumps({**SFT, "model_name_or_path": str(model), "max_steps": 1}))
     stage = {"name": "sft", "command": "sft", "config": "sft.yaml", "evaluate": False}
