@@ -228,11 +228,12 @@ def test_a_stopped_server_is_left_out_and_replaced(trainer, monkeypatch):
     server, other = trainer.engine._keeper.servers
     process = server.process
     stop_amid(monkeypatch, server)
-    long = Sampling(num_generations=8, max_tokens=150, extra={"min_tokens": 150})
+    long = Sampling(num_generations=32, max_tokens=150, extra={"min_tokens": 150})
     groups = trainer.engine.generate(prompts_of(trainer), long, seed=3)
     monkeypatch.undo()
-    assert [len(group) for group in groups] == [8] * 4
-    assert trainer.engine.metrics == {"rollout/servers": 1, "rollout/retries": 2}
+    assert [len(group) for group in groups] == [32] * 4
+    assert trainer.engine.metrics["rollout/servers"] == 1
+    assert trainer.engine.metrics["rollout/retries"] in (1, 2)  # of its two prompts one may have come back
     until = time.monotonic() + 400
     while not (server.process is not process and server.holds == other.holds) and time.monotonic() < until:
         time.sleep(0.5)
