@@ -14,9 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 
+from r1v_rl.models.last_layer import READ, skip_unread_rows
+from r1v_rl.models.packing import why_not_packed
 from r1v_rl.models.vision import VisionOnce
 
 VOCABULARY_TILE = 32768
+CACHED_LOGITS = 1 << 17
+"""On a CPU a tile of logits is to stay in the cache, since a dozen elementwise passes go over it."""
 LOGITS_AT_ONCE = 1 << 25
 
 
@@ -62,11 +66,15 @@ def add_logprob_head(
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
     vision = VisionOnce(model)
+    if why_not_packed(model) is None:
+        skip_unread_rows(model)
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, scored: Scored | None = None, **kwargs):
         if scored is None:
             return original(*args, **kwargs)
+        if "packed_layout" in kwargs:
+            kwargs[READ] = scored.positions.unique()
         with vision.repeated(scored.image_rows):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[scored.positions]
@@ -84,11 +92,15 @@ def add_logprob_head(
             if supervised and not weight.requires_grad and not softcap:
                 return TokenScores(*_FrozenHead.apply(hidden, weight, bias, scored.targets, temperature))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
-                hidden, weight, bias, scored.targets, temperature, VOCABULARY_TILE, softcap, 1.0, outputs
+                hidden, weight, bias, scored.targets, temperature, _vocabulary_tile(hidden), softcap, 1.0, outputs
             )
         return TokenScores(logprobs, entropies, is_top1)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _vocabulary_tile(hidden: Float[Tensor, "M D"]) -> int:
+    return VOCABULARY_TILE if hidden.device.type != "cpu" else max(64, CACHED_LOGITS // len(hidden))
 
 
 def _owner_of_weight(head: Any) -> nn.Module:

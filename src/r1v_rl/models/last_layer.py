@@ -1,0 +1,48 @@
+"""The last layer's MLP runs where its output is read: the other rows of a packed row end there, and nobody sees them.
+
+Of a shared prompt one token is scored, its last; the layers before the last one need all of it, as keys and values of
+its completions, and so does the last one's attention. Its MLP does not. Exact: values and gradients of the rows that
+are read are those of the whole row.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+READ = "rows_read"
+"""Keyword of the forward, which transformers hands down to every layer: the rows (N,) that are read, each once."""
+
+
+def skip_unread_rows(model: PreTrainedModel) -> None:
+    """Teach `model` the keyword `rows_read` of a packed row's forward. Its last layer must be plain attention and MLP,
+    as in `packing.SUPPORTED_LANGUAGE_MODELS`. Call it before PEFT or an engine wraps the model."""
+    layer = model.get_decoder().layers[-1]
+    rows = _Rows()
+    layer.register_forward_pre_hook(rows.note, with_kwargs=True)
+    layer.mlp.register_forward_pre_hook(rows.take)
+    layer.mlp.register_forward_hook(rows.put_back)
+
+
+class _Rows:
+    """Hooks of one layer. Its own keywords are read, so that gradient checkpointing finds them when it runs it again."""
+
+    def __init__(self) -> None:
+        self._read: Int[Tensor, " N"] | None = None
+        self._whole: torch.Size | None = None
+
+    def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._read = kwargs.get(READ)
+
+    def take(self, mlp: nn.Module, args: tuple[Float[Tensor, "B T D"]]) -> tuple[Tensor] | None:
+        if self._read is None:
+            return None
+        self._whole = args[0].shape
+        return (args[0][:, self._read],)
+
+    def put_back(self, mlp: nn.Module, args: tuple, out: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
+        if self._read is None:
+            return out
+        return out.new_zeros(self._whole).index_copy(1, self._read, out)
