@@ -318,7 +318,7 @@ def matmul_rate(shape: Shape, tokens: int, dtype: torch.dtype) -> float:
 
     work = 3 * 2 * tokens * (3 * width * mlp + 2 * width * width)
     seconds(products)
-    return work / min(seconds(products) for _ in range(10))
+    return work / statistics.median(seconds(products) for _ in range(15))
 
 
 def peak_memory(side: str, options: argparse.Namespace, case: Case) -> float:

@@ -29,7 +29,7 @@ def forward(*, skipping: bool, family=Qwen2Config, checkpointing: bool = False, 
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     seen: dict[int, list[int]] = {}
-    layers = [m for n, m in model.named_modules() if n.endswith("language_model")][0].layers
+    layers = next(m for n, m in model.named_modules() if n.endswith("language_model")).layers
     for depth in (-2, -1):
         up = layers[depth].mlp.up_proj
         up.register_forward_hook(lambda module, args, out, d=depth: seen.setdefault(d, []).append(args[0].shape[1]))

@@ -9,9 +9,10 @@ from r1v_rl.chain.main import parse_arguments
 from r1v_rl.chain.recipe import read_chain
 from r1v_rl.chain.runner import Runner
 from r1v_rl.check import stages
+from r1v_rl.check.conformance import ConformanceConfig, check_model
 from r1v_rl.check.launch import launch_file
 from r1v_rl.check.report import Place, Report
-from r1v_rl.config import checked_values, read_recipe
+from r1v_rl.config import checked_values, parse_recipe, read_recipe
 from r1v_rl.errors import RecipeError, UserError
 
 CHECKS: Mapping[str, Callable[[dict[str, Any], Report], None]] = {
@@ -25,11 +26,15 @@ CHECKS: Mapping[str, Callable[[dict[str, Any], Report], None]] = {
     "evaluate": stages.check_evaluate,
 }
 _HELP = f"""usage: r1v-rl check [COMMAND] --config RECIPE.yaml [--missing_ok] [--key value ...]
+       r1v-rl check model --model_name_or_path FOLDER [--use_vllm false] [--dtype bfloat16]
 
 Finds what is wrong with a recipe without loading weights or training: keys, references, data, images, prompt lengths,
 batch arithmetic, rewards. COMMAND is {", ".join(CHECKS)} or run; left out, it is the one that the
 recipe's first line shows (`# r1v-rl grpo --config ...`), or run for a file with `stages`. A file of `accelerate launch`
 is read by accelerate itself.
+
+`check model` loads a model and runs made-up prompts (text only, one picture, three) in every way that training and
+rollout do: padded, with a shared prompt, by vLLM; all must agree with its own forward, and pictures must matter.
 
   --missing_ok   the recipe is for another machine: models, data and accelerators that are not here are listed as
                  "not checked here" instead of being faults
@@ -54,8 +59,14 @@ def main(argv: Sequence[str]) -> int:
     if command == "launch":
         print(launch_file(_config_path(words)))
         return 0
+    if command == "model":
+        (config,) = parse_recipe((ConformanceConfig,), words, prog="r1v-rl check model")
+        report = Report()
+        check_model(config, report)
+        report.finish()
+        return 0
     if command not in CHECKS:
-        raise RecipeError(f"check knows recipes of {', '.join(CHECKS)} and run, received {command!r}")
+        raise RecipeError(f"check knows recipes of {', '.join(CHECKS)} and run, and model, received {command!r}")
     report = Report(Place(missing_ok))
     values = read_recipe(stages.CONFIGS[command], words, prog=f"r1v-rl check {command}")
     CHECKS[command](values, report)

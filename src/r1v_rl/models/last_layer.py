@@ -27,7 +27,7 @@ def skip_unread_rows(model: PreTrainedModel) -> None:
 
 
 class _Rows:
-    """Hooks of one layer. Its own keywords are read, so that gradient checkpointing finds them when it runs it again."""
+    """Hooks of one layer. The rows come with its keywords: gradient checkpointing has them when it runs it again."""
 
     def __init__(self) -> None:
         self._read: Int[Tensor, " N"] | None = None
