@@ -7,7 +7,6 @@ are read are those of the whole row.
 
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,7 +30,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self._read: Int[Tensor, " N"] | None = None
-        self._whole: torch.Size | None = None
+        self._length = 0
 
     def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._read = kwargs.get(READ)
@@ -39,10 +38,11 @@ class _Rows:
     def take(self, mlp: nn.Module, args: tuple[Float[Tensor, "B T D"]]) -> tuple[Tensor] | None:
         if self._read is None:
             return None
-        self._whole = args[0].shape
+        self._length = args[0].shape[1]
         return (args[0][:, self._read],)
 
     def put_back(self, mlp: nn.Module, args: tuple, out: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
         if self._read is None:
             return out
-        return out.new_zeros(self._whole).index_copy(1, self._read, out)
+        whole = out.new_zeros(out.shape[0], self._length, out.shape[2])
+        return whole.index_copy(1, self._read, out)
