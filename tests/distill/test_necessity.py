@@ -98,6 +98,13 @@ def test_blank_beats_all_and_several_pictures_are_seen_together():
     assert scored("How many circles are there?", "4", SCENE, SCENE).value == 1.0
 
 
+def test_outlines_are_not_counted():
+    image = drawn((4, (50, 50), 30, 0, "red"), (4, (140, 140), 40, 45, "white"), outline="black")
+    assert look(image).has_more and not SCENE.has_more
+    assert scored("How many squares are there?", "1", look(image)).value == UNKNOWN
+    assert scored("What is red?", "square", look(image)).value == 1.0
+
+
 def test_shapes_of_photographs_are_not_counted():
     assert NOISE.shapes is None
     assert scored("How many circles are there?", "2", NOISE).value == UNKNOWN

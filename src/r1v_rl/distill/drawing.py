@@ -47,6 +47,8 @@ class Sight:
     """Share of the pixels that each name may be said of; a pixel may have two (pink is a red)."""
     shapes: tuple[Shape, ...] | None
     """None where the picture is no drawing."""
+    has_more: bool = False
+    """Whether a drawing holds lines, frames or letters beside its shapes."""
 
 
 def look(image: Image.Image) -> Sight:
@@ -60,12 +62,21 @@ def look(image: Image.Image) -> Sight:
     areas = np.bincount(labels.ravel())
     large = np.flatnonzero(areas >= SMALLEST * labels.size)
     flat = areas[large].sum() / labels.size
-    shapes = None
-    if flat >= MIN_FLAT:
-        found = [_shape(labels == label, named) for label in large]
-        shapes = tuple(shape for shape in found if shape is not None)
-    colors = {name: float(mask.mean()) for name, mask in named.items()}
-    return Sight(_is_blank(pixels), {name: share for name, share in colors.items() if share >= SMALLEST}, shapes)
+    colors = {name: share for name, mask in named.items() if (share := float(mask.mean())) >= SMALLEST}
+    if flat < MIN_FLAT:
+        return Sight(_is_blank(pixels), colors, None)
+    masks = [labels == label for label in large]
+    grounds = [np.median(pixels[mask], axis=0) for mask in masks if _is_ground(mask)]
+    shapes: list[Shape] = []
+    has_more = False
+    for mask in masks:
+        if _is_ground(mask):
+            continue
+        if shape := _shape(mask, named):
+            shapes.append(shape)
+        elif not any(np.abs(np.median(pixels[mask], axis=0) - ground).max() <= _SAME for ground in grounds):
+            has_more = True  # no corner that is cut off from the ground
+    return Sight(_is_blank(pixels), colors, tuple(shapes), has_more)
 
 
 def _is_blank(pixels: np.ndarray) -> bool:
@@ -91,11 +102,13 @@ def _named(image: Image.Image) -> dict[str, np.ndarray]:
     return named
 
 
+def _is_ground(mask: np.ndarray) -> bool:
+    """Whether the region reaches from edge to edge."""
+    return bool(mask.any(axis=1).all() or mask.any(axis=0).all())
+
+
 def _shape(mask: np.ndarray, named: Mapping[str, np.ndarray]) -> Shape | None:
-    """The region as a shape; None where it reaches from edge to edge, or is a line, a frame or a letter."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == mask.shape[0] or len(columns) == mask.shape[1]:
-        return None
+    """The region as a shape; None for a line, a frame or a letter."""
     middle = np.argwhere(mask).mean(axis=0)
     hull = _hull(mask)
     after = np.roll(hull, -1, axis=0)

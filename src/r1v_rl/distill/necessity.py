@@ -1,5 +1,4 @@
-"""Whether a question needs its pictures, by rules: how much of what question and answer speak of is seen in the
-pictures, and whether the text gives the answer away. No model is asked.
+"""Whether a question needs its pictures, by rules: how much of what question and answer say is seen; needs no model.
 
 What rules can see: colours, and in drawings shapes, their number and whether they differ in size. They read no writing
 and know no objects; a question that speaks of neither colour, shape nor size is scored `UNKNOWN`.
@@ -91,7 +90,7 @@ def _claims(stem: str, answer: str, sights: Sequence[Sight]) -> list[Claim]:
         shapes = [shape for sight in sights for shape in sight.shapes or ()]
     if count := _COUNT.search(stem):
         number = _number(answer)
-        if shapes is None or number is None:
+        if shapes is None or number is None or any(sight.has_more for sight in sights):
             return []
         found = sum(_is_meant(shape, count["color"], count["shape"]) for shape in shapes)
         return [(f"{answer} {count[1]} ({found} counted)", found == number)]
