@@ -1,12 +1,15 @@
 """What the parts of `r1v-rl distill` do: length by penalty and budget, distilled against plain data, necessity.
 
     python benchmarks/distill.py [length] [controller] [data] [necessity] [--quick] [--json FILE] [--model FOLDER]
+    python benchmarks/distill.py necessity --by rules --dataset puzzlevqa --dataset_root FOLDER --seeds 5
 
 length      held-out rows answered at fixed repetition penalties, and at fixed token budgets: mean length, accuracy
 controller  the same rows with the penalty of each row's own scores (rules, no judge), and without
 data        `sft` on distilled chains and on plain ones (the model's first chain of a row, right or wrong), the same
             number of rows and steps: held-out accuracy with its 95 % interval, mean length
-necessity   the ablation's score of rows with their pictures, with blank ones, and with those of other rows
+necessity   the ablation's score of rows with their pictures, with blank ones, and with those of other rows; `--by
+            rules` without a model, each row with a picture of another one for every seed, and apart for the two halves
+            of the rows by a hash of their ids (the rules were decided on the first half of PuzzleVQA and NLVR counting)
 
 The model is outputs/tiny/start by default (`r1v-rl align --config recipes/tiny/align.yaml`). `--dataset` takes rows
 from a file, such as outputs/small/data/counting_heldout.jsonl for the model of the small chain, or of a benchmark, such
@@ -16,8 +19,10 @@ pictures.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -37,8 +42,11 @@ from r1v_rl.config import DataConfig
 from r1v_rl.data.chat import check_prompt_lengths, load_processor
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.data.export import write_parquet
+from r1v_rl.data.images import load_image
 from r1v_rl.distill.assess import combine, measure, necessity
 from r1v_rl.distill.config import DistillConfig
+from r1v_rl.distill.drawing import Sight, look
+from r1v_rl.distill.necessity import UNKNOWN, necessity_by_rules
 from r1v_rl.distill.pipeline import set_lengths
 from r1v_rl.distill.records import Row
 from r1v_rl.evaluate.accuracy import Answered, accuracy, answer_prompts, blanked
@@ -49,6 +57,7 @@ from r1v_rl.evaluate.prompts import Instructions
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.rollout.standalone import standalone_engine
+from r1v_rl.scoring.judging import question_text
 from r1v_rl.tracking.manifest import versions
 from r1v_rl.types import Example
 
@@ -79,6 +88,9 @@ def main() -> None:
     options = _options()
     print(f"{versions()}\n{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n")
     rows: list[dict] = []
+    if options.by == "rules" and "necessity" in options.parts:
+        options.parts.remove("necessity")
+        rows += necessities_by_rules(options)
     with ExitStack() as stack:
         if set(options.parts) - {"data"}:
             bench = _bench(options, stack)
@@ -156,6 +168,48 @@ def necessities(bench: Bench) -> list[dict]:
         print(f"{name:<12}{means[name]:.3f} +- {1.96 * error:.3f}", flush=True)
     print()
     return [_row(f"necessity, right against {name}", means["right"], means[name]) for name in ("blank", "shuffled")]
+
+
+def necessities_by_rules(options: argparse.Namespace) -> list[dict]:
+    """Mean necessity by rules with the right pictures, blank ones, and those of other rows; the paired difference."""
+    examples = [example for example in _examples(options) if example.images]
+    right = [_sights(example) for example in examples]
+    scores = {"right": _scores(examples, right), "blank": _scores(examples, [_sights(blanked(e)) for e in examples])}
+    shuffled = []
+    for seed in range(options.seeds):
+        order = random.Random(seed).sample(range(len(examples)), len(examples))
+        other = dict(zip(order, order[1:] + order[:1], strict=True))
+        shuffled.append(_scores(examples, [right[other[i]] for i in range(len(examples))]))
+    scores["shuffled"] = [statistics.fmean(values) for values in zip(*shuffled, strict=True)]
+    halves = [hashlib.sha256(example.id.encode()).digest()[0] % 2 for example in examples]
+    print(f"necessity by rules, {options.dataset}, {options.seeds} shuffles")
+    found = []
+    for title, half in (("all", (0, 1)), ("first half", (0,)), ("second half", (1,))):
+        chosen = [i for i, number in enumerate(halves) if number in half]
+        by = {name: [values[i] for i in chosen] for name, values in scores.items()}
+        means = ", ".join(f"{name} {_interval(values)}" for name, values in by.items())
+        less = [a - b for a, b in zip(by["right"], by["shuffled"], strict=True)]
+        unknown = statistics.fmean(value == UNKNOWN for value in by["right"])
+        print(f"{title}, {len(chosen)} rows: {means}; right less shuffled {_interval(less)}; {unknown:.0%} unknown")
+        for name in ("blank", "shuffled"):
+            means = [statistics.fmean(by[one]) for one in ("right", name)]
+            found.append(_row(f"necessity by rules, {title}, right against {name}", *means))
+    return found
+
+
+def _sights(example: Example) -> list[Sight]:
+    return [look(load_image(source)) for source in example.images]
+
+
+def _scores(examples: Sequence[Example], sights: Sequence[list[Sight]]) -> list[float]:
+    return [
+        necessity_by_rules(question_text(example), example.answer or "", example.columns.get("choices"), seen).value
+        for example, seen in zip(examples, sights, strict=True)
+    ]
+
+
+def _interval(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f} +- {1.96 * statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def _necessities(bench: Bench, blank: list[EncodedPrompt], prompts: list[EncodedPrompt] | None = None) -> list:
@@ -263,6 +317,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dataset", default="scenes")
     parser.add_argument("--dataset_root")
     parser.add_argument("--kind", default="text", help="of the answers: text, number, math, choice")
+    parser.add_argument("--by", choices=["model", "rules"], default="model", help="who tells necessity")
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--train_rows", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=3)

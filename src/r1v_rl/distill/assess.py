@@ -8,8 +8,10 @@ from r1v_rl.data.images import load_image
 from r1v_rl.distill import prompts
 from r1v_rl.distill.clarity import Clarity, clarity, tile_side
 from r1v_rl.distill.config import DistillConfig
+from r1v_rl.distill.drawing import look
 from r1v_rl.distill.generate import Generator, Request
 from r1v_rl.distill.integration import integration_by_rules
+from r1v_rl.distill.necessity import necessity_by_rules
 from r1v_rl.distill.prompts import SubScore
 from r1v_rl.distill.records import Chain, Row
 from r1v_rl.evaluate.accuracy import blanked
@@ -56,6 +58,16 @@ def ablate(rows: Sequence[Row], generator: Generator, judge: Judge, config: Dist
         found.append(chains)
     for row, seeing, blind in zip(rows, *found, strict=True):
         row.sub_scores["necessity_by_ablation"] = necessity(seeing.correct, blind.correct)
+
+
+def ablate_by_rules(rows: Sequence[Row]) -> None:
+    """Necessity of the pictures by what is seen in them of question and answer; no model is asked."""
+    for row in rows:
+        if row.example.images:
+            sights = [look(load_image(source)) for source in row.example.images]
+            row.sub_scores["necessity_by_rules"] = necessity_by_rules(
+                question_text(row.example), row.example.answer or "", row.example.columns.get("choices"), sights
+            )
 
 
 def necessity(seeing: bool | None, blind: bool | None) -> SubScore:
@@ -111,8 +123,8 @@ def assessment_question(example: Example, config: DistillConfig) -> ChatQuestion
 def combine(rows: Sequence[Row]) -> None:
     """The three scores: means of the sub-scores that there are."""
     for row in rows:
-        necessity_score = _mean(row.value("necessity_by_ablation"), row.value("necessity_by_judge"))
-        row.vision = _mean(row.value("clarity"), necessity_score)
+        needed = [row.value(f"necessity_by_{who}") for who in ("ablation", "rules", "judge")]
+        row.vision = _mean(row.value("clarity"), _mean(*needed))
         row.text = _mean(*[row.value(name) for name in _TEXT])
         by_judge = row.value("integration_by_judge")
         row.integration = row.value("integration_by_rules") if by_judge is None else by_judge

@@ -47,6 +47,13 @@ class DistillConfig(JudgeConfig):
         default=True,
         metadata={"help": "Ask the model with and without the pictures, to see whether the question needs them."},
     )
+    necessity_by: str = field(
+        default="model",
+        metadata={
+            "help": "What the ablation goes by: the model's answers, or rules on pixels and words, which ask nobody.",
+            "choices": ["model", "rules"],
+        },
+    )
     alpha: float = field(
         default=math.log(2), metadata={"help": "Of the penalty min(2, e^(alpha (1 - score))); 0 = no penalty."}
     )
@@ -146,6 +153,10 @@ class DistillConfig(JudgeConfig):
             raise RecipeError("`serve_model` is the judge's and the reviser's endpoint: leave their `_base_url` unset")
         if self.serve_model is not None and not (self.judge_model or self.reviser_model):
             raise RecipeError("`serve_model` serves a judge or a reviser: name one, `judge_model` or `reviser_model`")
+        if self.necessity_by == "rules" and not self.ablation:
+            raise RecipeError(
+                "`ablation: false` leaves necessity out, so that `necessity_by` has no use: drop one of them"
+            )
         if self.generator_base_url and not self.generator_model:
             raise RecipeError("`generator_base_url` needs `generator_model`: the model's name at that endpoint")
 

@@ -41,7 +41,9 @@ def estimate(source: Source, config: DistillConfig, store: ReplyStore) -> list[S
         missing = [question for question in questions if judge.key(question) not in store]
         steps.append(_step("assess", judge, missing, kept, _REPLY_TOKENS["assess"], budget, is_limit=False))
     pictures = sum(bool(row.example.images) for row in rows)
-    answers = (2 * pictures if config.ablation else 0) + config.num_generations * len(rows)
+    answers = (
+        2 * pictures if config.ablation and config.necessity_by == "model" else 0
+    ) + config.num_generations * len(rows)
     texts = [ChatQuestion(row.example.id, question_text(row.example), row.example.images) for row in rows]
     if generator is None:
         name = str(config.model_name_or_path)

@@ -119,7 +119,9 @@ class Distillation:
         """
         rows, config = self.source.included, self.recipe.distill
         assess.measure(rows, self.source.processor)
-        if config.ablation:
+        if config.necessity_by == "rules":
+            assess.ablate_by_rules(rows)
+        elif config.ablation:
             assess.ablate(rows, self.generator, self._selection.judge, config)
         if config.assessment == "judge":
             judge = config.judge()

@@ -11,8 +11,8 @@ from r1v_rl.types import Example
 Source = Literal["own", "revised", "none"]
 
 SUB_SCORES = (
-    "clarity", "necessity_by_ablation", "necessity_by_judge", "quality", "difficulty", "reasoning_demand",
-    "integration_by_judge", "integration_by_rules",
+    "clarity", "necessity_by_ablation", "necessity_by_rules", "necessity_by_judge", "quality", "difficulty",
+    "reasoning_demand", "integration_by_judge", "integration_by_rules",
 )  # fmt: skip
 """Every sub-score, in [0, 1]."""
 
