@@ -36,25 +36,27 @@ class BackgroundTransformers(TransformersEngine):
         assert not self.under_way, "weights change under a batch"
         super().sync_weights(policy, version)
 
-    def generate(self, prompts, sampling, *, seed):
-        groups = super().generate(prompts, sampling, seed=seed)
+    def generate(self, prompts, sampling, *, seed, on_group=None):
+        groups = super().generate(prompts, sampling, seed=seed, on_group=on_group)
         rows = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
         found = self.token_logprobs([prompt for prompt, _ in rows], [c.token_ids for _, c in rows])
         for (_, completion), logprobs in zip(rows, found, strict=True):
             completion.logprobs = logprobs
         return groups
 
-    def generate_async(self, prompts, sampling, *, seed):
+    def generate_async(self, prompts, sampling, *, seed, on_group=None):
         """Sampled at once, since transformers draws from the stream that training has; given out later."""
         number, self.asked = self.asked, self.asked + 1
-        return self._later(number, self.generate(prompts, sampling, seed=seed))
+        return self._later(number, self.generate(prompts, sampling, seed=seed), on_group)
 
-    async def _later(self, number, groups):
+    async def _later(self, number, groups, on_group):
         self.under_way += 1
         try:
             await asyncio.sleep(self.pause_s if number else 0.0)
             if number == self.fails:
                 raise UserError("no rollout server is left")
+            for place, group in enumerate(groups if on_group is not None else ()):
+                on_group(place, group)
             return groups
         except asyncio.CancelledError:
             self.given_up += 1
