@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 from grpo import engine_run
+from grpo.tiny_run import early_token_reward
 
 from r1v_rl.errors import UserError
+from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.models.sharding import unsharded_twin
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids
@@ -72,6 +74,7 @@ def resample_on_two(engine: str, model: Path, folder: Path) -> None:
         trainer = engine_run.make_trainer(engine, model, folder / name, changes)
         if trainer._ahead is not None:
             BackgroundTransformers(trainer)
+            trainer.reward_stage = RewardStage([early_token_reward], trainer.args)
         seen: dict[str, list] = {"rows": []}
         add, rollout = trainer.metrics.add, trainer._rollout
 
