@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 from grpo import engine_run
+from grpo.tiny_run import early_token_reward
 
 from r1v_rl.errors import UserError
+from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.models.sharding import unsharded_twin
 from r1v_rl.rollout.hf import TransformersEngine
 from r1v_rl.rollout.model_folder import end_token_ids
@@ -36,25 +38,27 @@ class BackgroundTransformers(TransformersEngine):
         assert not self.under_way, "weights change under a batch"
         super().sync_weights(policy, version)
 
-    def generate(self, prompts, sampling, *, seed):
-        groups = super().generate(prompts, sampling, seed=seed)
+    def generate(self, prompts, sampling, *, seed, on_group=None):
+        groups = super().generate(prompts, sampling, seed=seed, on_group=on_group)
         rows = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
         found = self.token_logprobs([prompt for prompt, _ in rows], [c.token_ids for _, c in rows])
         for (_, completion), logprobs in zip(rows, found, strict=True):
             completion.logprobs = logprobs
         return groups
 
-    def generate_async(self, prompts, sampling, *, seed):
+    def generate_async(self, prompts, sampling, *, seed, on_group=None):
         """Sampled at once, since transformers draws from the stream that training has; given out later."""
         number, self.asked = self.asked, self.asked + 1
-        return self._later(number, self.generate(prompts, sampling, seed=seed))
+        return self._later(number, self.generate(prompts, sampling, seed=seed), on_group)
 
-    async def _later(self, number, groups):
+    async def _later(self, number, groups, on_group):
         self.under_way += 1
         try:
             await asyncio.sleep(self.pause_s if number else 0.0)
             if number == self.fails:
                 raise UserError("no rollout server is left")
+            for place, group in enumerate(groups if on_group is not None else ()):
+                on_group(place, group)
             return groups
         except asyncio.CancelledError:
             self.given_up += 1
@@ -70,6 +74,7 @@ def resample_on_two(engine: str, model: Path, folder: Path) -> None:
         trainer = engine_run.make_trainer(engine, model, folder / name, changes)
         if trainer._ahead is not None:
             BackgroundTransformers(trainer)
+            trainer.reward_stage = RewardStage([early_token_reward], trainer.args)
         seen: dict[str, list] = {"rows": []}
         add, rollout = trainer.metrics.add, trainer._rollout
 

@@ -13,7 +13,7 @@ from ranks import launch
 
 from r1v_rl import cli
 
-PLACES = {"forward": "compute_loss", "reward": "reward_stage", "save": "_write_checkpoint"}
+PLACES = {"forward": "compute_loss", "reward": "reward_stage.judge", "save": "_write_checkpoint"}
 _RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "rank_timeout_s": 2.0, "recorded": False}
 _started_with: tuple = ()
 
@@ -76,8 +76,10 @@ def command(argv: list[str]) -> None:
     trainer.train()
 
 
-def _plant(trainer: Any, kind: str, method: str, struck: Path) -> None:
-    calls, real = 0, getattr(trainer, method)
+def _plant(trainer: Any, kind: str, place: str, struck: Path) -> None:
+    part, _, method = place.rpartition(".")
+    owner = getattr(trainer, part) if part else trainer
+    calls, real = 0, getattr(owner, method)
 
     def planted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -91,4 +93,4 @@ def _plant(trainer: Any, kind: str, method: str, struck: Path) -> None:
             raise RuntimeError("planted")
         return real(*args, **kwargs) * float("nan")
 
-    setattr(trainer, method, planted)
+    setattr(owner, method, planted)

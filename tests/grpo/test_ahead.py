@@ -166,7 +166,9 @@ def test_a_signal_keeps_what_was_sampled_ahead(model, tmp_path):
     assert weight_hash(resumed.model.state_dict()) == weight_hash(whole.model.state_dict())
 
 
-@pytest.mark.parametrize("changes", [{"max_staleness": 1}, {"max_staleness": 2, "num_iterations": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"max_staleness": 1}, {"max_staleness": 2, "num_iterations": 2, "early": True}], ids=str
+)
 def test_killed_runs_end_with_the_same_weights(model, tmp_path, changes):
     changes = {**AHEAD, **changes}
     assert in_child(model, tmp_path / "whole", changes) == 0

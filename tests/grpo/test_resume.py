@@ -13,7 +13,7 @@ from r1v_rl.errors import CheckpointError
 CONFIGURATIONS = {
     "plain": {},
     "steps_per_generation=4": {"steps_per_generation": 4},
-    "num_iterations=2": {"num_iterations": 2},
+    "num_iterations=2, judged early": {"num_iterations": 2, "early": True},
     "both, accumulation": {
         "steps_per_generation": 4,
         "gradient_accumulation_steps": 2,

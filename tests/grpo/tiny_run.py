@@ -36,15 +36,28 @@ def token_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
+def early_token_reward(**arguments: Any) -> list[float]:
+    """The same, asked while others are sampled."""
+    return token_reward(**arguments)
+
+
+early_token_reward.per_completion = True  # type: ignore[attr-defined]
+
+
 def make_trainer(
-    model: Path, output_dir: Path, peft_config: Any = None, rows: list[dict] = ROWS, **changes: Any
+    model: Path,
+    output_dir: Path,
+    peft_config: Any = None,
+    rows: list[dict] = ROWS,
+    reward: Any = token_reward,
+    **changes: Any,
 ) -> GRPOTrainer:
     torch.set_num_threads(1)
     args = GRPOConfig(**{**SETTINGS, "output_dir": str(output_dir), **changes})
     measures = args.eval_strategy != "no" or args.grounding_every
     return GRPOTrainer(
         model=str(model),
-        reward_funcs=[token_reward],
+        reward_funcs=[reward],
         args=args,
         train_dataset=rows,
         eval_dataset=HELDOUT if measures else None,
@@ -61,7 +74,8 @@ def train(model: Path, output_dir: Path, changes: dict, kill: dict | None = None
 
         changes["trainable"] = None
         peft_config = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
-    trainer = make_trainer(model, output_dir, peft_config, **changes)
+    reward = early_token_reward if changes.pop("early", False) else token_reward
+    trainer = make_trainer(model, output_dir, peft_config, reward=reward, **changes)
     if changes.get("max_staleness"):
         from grpo.background import BackgroundTransformers
 

@@ -51,7 +51,14 @@ def always(what, *paths):
     return lambda path, number: what if path in paths or not paths else None
 
 
-def ask(servers: list[FakeServer], count: int = 6, *, timeout_s: float = 1.0, patience_s: float | None = None):
+def ask(
+    servers: list[FakeServer],
+    count: int = 6,
+    *,
+    timeout_s: float = 1.0,
+    patience_s: float | None = None,
+    on_reply=None,
+):
     """Replies to `count` prompts of two completions each, and how often one had to be asked for again."""
 
     async def asked():
@@ -60,12 +67,24 @@ def ask(servers: list[FakeServer], count: int = 6, *, timeout_s: float = 1.0, pa
         dispatch = Dispatch(clients, WEIGHTS.version, first=0, watch=lambda: None, **limits)
         bodies = [{"token_ids": [1, 2, i], "sampling_params": {"n": 2}} for i in range(count)]
         try:
-            return await dispatch.all(bodies, [f"row{i}" for i in range(count)]), dispatch.retries
+            return await dispatch.all(bodies, [f"row{i}" for i in range(count)], on_reply), dispatch.retries
         finally:
             for client in clients:
                 await client.close()
 
     return asyncio.run(asked())
+
+
+def test_each_reply_is_told_of_once_and_a_mistake_in_it_ends_the_call(servers):
+    told = []
+    replies, retries = ask(servers(once("half"), None), on_reply=lambda *reply: told.append(reply))
+    assert retries == 1 and [reply for _, reply in sorted(told, key=lambda one: one[0])] == replies
+
+    def refuse(number, reply):
+        raise UserError("the prompt was read otherwise")
+
+    with pytest.raises(UserError, match="read otherwise"):
+        ask(servers(), on_reply=refuse)
 
 
 def completions_of(server: FakeServer) -> int:

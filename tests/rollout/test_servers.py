@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from grpo.tiny_run import ROWS, make_trainer
+from grpo.tiny_run import ROWS, make_trainer, token_reward
 from random_vlm import save_random_vlm
 from transformers import TrainerCallback
 
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.grpo.batch import model_inputs, score
+from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.models.parts import part_of
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.hf import TransformersEngine
@@ -122,6 +123,25 @@ def test_every_completion_carries_what_the_trainer_needs(trainer):
         assert len(completion.logprobs) == len(completion.token_ids) <= 8
         assert completion.weight_version == trainer.state.global_step == 12
         assert not set(completion.token_ids) & set(placeholder_ids(trainer.model.config))
+
+
+def test_groups_are_judged_as_they_finish(trainer, monkeypatch):
+    """0.05 s a completion: the same rewards and advantages as at the end, most of the wait hidden."""
+
+    def slow(completion_ids, **_):
+        time.sleep(0.05 * len(completion_ids))
+        return token_reward(completion_ids)
+
+    slow.per_completion = True
+    monkeypatch.setattr(trainer, "reward_stage", RewardStage([slow], trainer.args))
+    monkeypatch.setattr(trainer, "_sampling", lambda: Sampling(num_generations=4, max_tokens=[1, 150]))
+    rollouts = trainer._sampled(0)
+    assert rollouts.early.seconds >= 0.19
+    soon, late = (
+        trainer.reward_stage(rollouts.groups, trainer.accelerator, trainer.state, verdicts)
+        for verdicts in (rollouts.early, None)
+    )
+    assert torch.equal(soon.rewards, late.rewards) and torch.equal(soon.advantages, late.advantages)
 
 
 def test_answers_and_logprobs_of_given_texts_are_those_of_transformers(trainer):

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,25 @@ def test_images_and_arrays_arrive_as_they_were():
     image = Image.effect_noise((8, 8), 50)
     assert from_json(to_json(image)).tobytes() == image.tobytes()
     assert from_json(to_json(numpy.eye(2))).tolist() == numpy.eye(2).tolist()
+
+
+def test_closing_ends_a_call_of_another_thread(file):
+    """A reward that hangs while others are sampled must not keep a run from ending."""
+    (reward,) = load_rewards([f"{file}:hangs"], SimpleNamespace(reward_timeout_s=30.0))
+    errors = []
+
+    def call():
+        with pytest.raises(RewardError) as error:
+            reward(**rows("a"))
+        errors.append(str(error.value))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    reward.close()
+    thread.join(5)
+    assert time.monotonic() - started < 5 and "its process ended (signal SIGKILL)" in errors[0]
 
 
 def test_the_process_ends_with_the_trainer_and_outlives_the_thread_that_made_it(file):

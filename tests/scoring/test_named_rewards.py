@@ -114,6 +114,34 @@ def test_a_judge_that_fails_cannot_judge_and_never_says_zero(tmp_path, fault):
         assert 1 <= sum(server.asked.values()) <= 6
 
 
+def words(*names):
+    """Answers that rules leave open."""
+    texts = [rf"\\boxed{{\\text{{the {name} one}}}}" for name in names]
+    return rows(*texts, answer=[r"\text{blue}"] * len(names), answer_kind=["text"] * len(names))
+
+
+def test_asked_group_by_group_the_judge_says_the_same_and_is_asked_no_more(tmp_path):
+    names = ["blue", "red", "dark blue", "green", "light blue", "red"]
+    with chat_server(lambda text, tries: json.dumps({"same": "blue" in text.split("STUDENT")[-1]})) as server:
+        whole = judge(server, tmp_path / "a")(**words(*names))
+        assert whole == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0] and len(server.asked) == 5
+        mine = judge(server, tmp_path / "b")
+        assert mine.per_completion
+        assert [*mine(**words(*names[:2])), *mine(**words(*names[2:]))] == whole
+        assert set(server.asked.values()) == {2}
+
+
+def test_a_judge_out_of_reach_stops_the_run_however_few_it_is_asked_at_once(tmp_path):
+    logged = []
+    with chat_server(lambda text, tries: 400) as server:
+        mine = judge(server, tmp_path)
+        given = words("red", "green", "blue", "grey")
+        assert mine(**given, log_metric=lambda *metric: logged.append(metric)) == [None] * 4
+        with pytest.raises(UserError, match="8 times in a row"):
+            mine(**given)
+    assert dict(logged) == {"reward_workers/judge_asked": 1.0, "reward_workers/judge_cannot_judge": 1.0}
+
+
 def test_a_judge_that_refuses_stops_the_run_or_is_skipped(tmp_path):
     given = rows(r"\boxed{the blue one}", answer=["blue"], answer_kind=["text"])
     with chat_server(lambda text, tries: 401) as server:

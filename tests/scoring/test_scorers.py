@@ -199,6 +199,21 @@ def test_a_reward_model_by_name_gives_its_scalar(text_model):
         load_rewards(["reward_model"], SimpleNamespace(reward_model="/nowhere"))
 
 
+def test_a_scalar_is_the_same_whatever_else_is_judged_in_the_call(text_model):
+    """To the last bit, so that it does not matter which groups are judged early."""
+    keys = {"reward_model": str(text_model), "reward_model_batch_size": 4}
+    (reward,) = load_rewards(["reward_model"], SimpleNamespace(**keys))
+    texts = ["a1 " + "red blue " * length for length in (1, 30, 2, 9, 17, 4, 3, 25, 8)]
+    given = {
+        "prompts": [f"How many{'?' * (i // 3)}" for i in range(9)],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "images": [()] * 9,
+        "id": [f"row{i // 3}" for i in range(9)],
+    }
+    parts = [reward(**{key: values[i : i + 3] for key, values in given.items()}) for i in (0, 3, 6)]
+    assert reward(**given) == [scalar for part in parts for scalar in part] and reward.per_completion
+
+
 def test_a_model_with_several_outputs_is_no_reward_model(tmp_path, store):
     tokenizer = build_tokenizer()
     config = Qwen2Config(

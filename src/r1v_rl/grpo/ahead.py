@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from r1v_rl.grpo.verdicts import EarlyVerdicts
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.types import Completion
 
@@ -34,6 +35,8 @@ class Ahead:
     begun: int
     """The generation whose update these weights were to begin."""
     answer: "Future[Answer]"
+    early: EarlyVerdicts | None = None
+    """Verdicts that begin while it is sampled."""
 
 
 class RolloutsAhead:
@@ -59,7 +62,16 @@ class RolloutsAhead:
         wanted = range(generation, min(first + self._k, last) + 1)
         return [number for number in wanted if number not in self._begun]
 
-    def begin(self, generation: int, prompts: list[EncodedPrompt], asked: Asked, *, version: int, begun: int) -> None:
+    def begin(
+        self,
+        generation: int,
+        prompts: list[EncodedPrompt],
+        asked: Asked,
+        *,
+        version: int,
+        begun: int,
+        early: EarlyVerdicts | None = None,
+    ) -> None:
         """Run `asked`, an engine's `generate_async`, after those begun before it.
 
         Args:
@@ -71,7 +83,7 @@ class RolloutsAhead:
             self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts ahead", daemon=True)
             self._thread.start()
         answer = asyncio.run_coroutine_threadsafe(self._in_turn(asked), self._loop)
-        self._begun[generation] = Ahead(prompts, version, begun, answer)
+        self._begun[generation] = Ahead(prompts, version, begun, answer, early)
 
     def wait(self) -> None:
         """Until nothing is under way: weights may be handed over. What failed says so when it is taken."""
@@ -95,6 +107,7 @@ class RolloutsAhead:
 
     def close(self) -> None:
         """Forget everything; what the engine has in hand is given up, and the thread ends. May be called again."""
+        given_up = [ahead.early for ahead in self._begun.values() if ahead.early is not None]
         self._begun.clear()
         if self._loop is None or self._thread is None:
             return
@@ -102,6 +115,8 @@ class RolloutsAhead:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_S)
         self._loop = self._thread = None
+        for early in given_up:  # nothing adds to them any more
+            early.close()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

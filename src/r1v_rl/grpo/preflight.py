@@ -10,7 +10,8 @@ from trl.trainer.utils import disable_dropout_in_model
 from r1v_rl.data.chat import check_prompt_lengths, prompt_text
 from r1v_rl.errors import RewardError
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.grpo.rewards import RewardStage, reward_arguments
+from r1v_rl.grpo.rewards import RewardStage
+from r1v_rl.grpo.verdicts import column_names, reward_arguments
 from r1v_rl.models.packing import why_not_packed
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.training.launch import unloaded_model
@@ -75,7 +76,7 @@ def try_rewards(
     ignore = {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     results = {}
     for function in stage.functions:
-        values = function(**reward_arguments(groups), **ignore)
+        values = function(**reward_arguments(groups, column_names(rows)), **ignore)
         results[function.name] = values[0::2], values[1::2]
         if function.name == "accuracy":
             _refuse_unreadable_gold(rows, values[0::2], args.answer_kind)

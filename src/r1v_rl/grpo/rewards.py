@@ -1,4 +1,4 @@
-"""Rewards of whole groups: every function called once a generation, in TRL's signature."""
+"""Rewards of whole groups: functions called in TRL's signature, and what they say as advantages."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from torch import Tensor
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.advantages import group_advantages, nan_std, normalised_sum_advantages, weighted_rewards
 from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.verdicts import EarlyVerdicts, column_names, said_of
 from r1v_rl.scoring.loader import load_rewards
-from r1v_rl.types import RolloutGroup
+from r1v_rl.types import Example, RolloutGroup
 
 
 @dataclass(slots=True)
@@ -67,22 +68,52 @@ class RewardStage:
             )
         self._weights = torch.tensor(weights, dtype=torch.float32)
 
-    def __call__(self, groups: Sequence[RolloutGroup], accelerator: Accelerator, trainer_state: Any) -> Rewarded:
-        rewarded = self.judge(groups, trainer_state)
+    def __call__(
+        self,
+        groups: Sequence[RolloutGroup],
+        accelerator: Accelerator,
+        trainer_state: Any,
+        early: EarlyVerdicts | None = None,
+    ) -> Rewarded:
+        rewarded = self.judge(groups, trainer_state, early)
         rewarded.advantages = self.advantages(rewarded, accelerator)
         return rewarded
 
-    def judge(self, groups: Sequence[RolloutGroup], trainer_state: Any) -> Rewarded:
-        """Rewards without advantages; other processes have no part in it."""
+    def early(self, examples: Sequence[Example], trainer_state: Any) -> EarlyVerdicts | None:
+        """For the verdicts on a generation of these rows, to be begun while it is sampled; None where none can be."""
+        functions = [function for function in self.functions if function.per_completion]
+        return EarlyVerdicts(functions, examples, trainer_state) if functions else None
+
+    def judge(self, groups: Sequence[RolloutGroup], trainer_state: Any, early: EarlyVerdicts | None = None) -> Rewarded:
+        """Rewards without advantages; other processes have no part in it.
+
+        Args:
+            early: What has begun already.
+        """
+        examples = [group.example for group in groups]
+        early = early or self.early(examples, trainer_state)
+        names = column_names(examples)
         extra: dict[str, list] = defaultdict(list)
-        scalars: dict[str, list] = defaultdict(list)
-        arguments: dict[str, Any] = reward_arguments(groups)
-        arguments["trainer_state"] = trainer_state
-        arguments["log_extra"] = lambda column, values: extra[column].extend(values)
-        arguments["log_metric"] = lambda name, value: scalars[name].append(float(value))
+        scalars: dict[str, list[float]] = defaultdict(list)
+        columns = []
+        try:
+            if early is not None:
+                early.add_rest(groups)
+            for function in self.functions:
+                if early is None or not function.per_completion:
+                    said = said_of(function, groups, names, trainer_state)
+                else:
+                    said = early.of(function)
+                columns.append(torch.tensor([_nan(reward) for reward in said.rewards]))
+                for column, values in said.extra.items():
+                    extra[column] += values
+                for name, numbers in said.scalars.items():
+                    scalars[name] += numbers
+        finally:
+            if early is not None:
+                early.close()
         shape = len(groups), len(groups[0].completions)
-        columns = [torch.tensor([_nan(r) for r in function(**arguments)]).view(shape) for function in self.functions]
-        per_function = torch.stack(columns, dim=-1)
+        per_function = torch.stack(columns, dim=-1).view(*shape, len(columns))
         rewards = weighted_rewards(per_function, self._weights)
         return Rewarded(
             names=[function.name for function in self.functions],
@@ -105,22 +136,6 @@ class RewardStage:
             return normalised_sum_advantages(per_function, self._weights, over_all_processes)
         batch_std = over_all_processes(rewards)[1] if self._args.scale_rewards == "batch" else None
         return group_advantages(rewards, scale=self._args.scale_rewards, batch_std=batch_std)
-
-
-def reward_arguments(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-    """Keyword arguments of a reward function in TRL's signature: one list of P * G values for each name."""
-    pairs = [(group.example, completion) for group in groups for completion in group.completions]
-    names = dict.fromkeys(name for example, _ in pairs for name in example.columns if name != "completion")
-    columns = {name: [example.columns.get(name) for example, _ in pairs] for name in names}
-    return {
-        **columns,
-        "id": [example.id for example, _ in pairs],
-        "answer": [example.answer for example, _ in pairs],
-        "prompts": [example.messages for example, _ in pairs],
-        "completions": [[{"role": "assistant", "content": completion.text}] for _, completion in pairs],
-        "completion_ids": [completion.token_ids for _, completion in pairs],
-        "images": [example.images for example, _ in pairs],
-    }
 
 
 def _nan(reward: float | None) -> float:

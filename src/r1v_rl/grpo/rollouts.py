@@ -12,9 +12,10 @@ from r1v_rl.grpo.policy import check_versions, make_engine
 from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import Rewarded, RewardStage
 from r1v_rl.grpo.sampler import generation_seed
-from r1v_rl.rollout.engine import BackgroundEngine, RolloutEngine, Sampling
+from r1v_rl.grpo.verdicts import EarlyVerdicts
+from r1v_rl.rollout.engine import BackgroundEngine, OnGroup, RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
-from r1v_rl.types import Example, RolloutGroup
+from r1v_rl.types import Completion, Example, RolloutGroup
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class Rollouts:
     """Of the dataset."""
     prompts: list[EncodedPrompt]
     groups: list[RolloutGroup]
+    early: EarlyVerdicts | None = None
+    """Verdicts that began while they were sampled."""
 
 
 class GroupRollouts(GRPOResume):
@@ -81,10 +84,25 @@ class GroupRollouts(GRPOResume):
             self._sync_engine()
         with self.metrics.timed("generate"):
             seed = generation_seed(self.args.seed, generation, self.accelerator.process_index)
-            completions = self.engine.generate(prompts, self._sampling(), seed=seed)
+            rollouts = self._asked(rows, prompts, seed)
         self.metrics.add_all(getattr(self.engine, "metrics", {}))
-        check_versions(completions, self.state.global_step)
-        return Rollouts(rows, prompts, _groups(prompts, completions, self.state.global_step))
+        return rollouts
+
+    def _asked(self, rows: list[int], prompts: list[EncodedPrompt], seed: int) -> Rollouts:
+        """Groups sampled with the weights that the engine holds; verdicts on them have begun where they can."""
+        version, early = self._engine_version, self._early(prompts)
+        assert version is not None
+        try:
+            completions = self.engine.generate(prompts, self._sampling(), seed=seed, **_heard(early, prompts, version))
+            check_versions(completions, version)
+        except BaseException:
+            if early is not None:
+                early.close()
+            raise
+        return Rollouts(rows, prompts, _groups(prompts, completions, version), early)
+
+    def _early(self, prompts: Sequence[EncodedPrompt]) -> EarlyVerdicts | None:
+        return self.reward_stage.early([prompt.example for prompt in prompts], self.state)
 
     def _rows(self, generation: int) -> list[int]:
         return self.sampler.prompts(generation, self.accelerator.process_index, self.accelerator.num_processes)
@@ -111,15 +129,18 @@ class GroupRollouts(GRPOResume):
                 )
             for number, prompts in encoded.items():
                 seed = generation_seed(self.args.seed, number, self.accelerator.process_index)
-                asked = self.engine.generate_async(prompts, self._sampling(), seed=seed)
-                self._ahead.begin(number, prompts, asked, version=self.state.global_step, begun=generation)
+                early, version = self._early(prompts), self.state.global_step
+                heard = _heard(early, prompts, version)
+                asked = self.engine.generate_async(prompts, self._sampling(), seed=seed, **heard)
+                self._ahead.begin(number, prompts, asked, version=version, begun=generation, early=early)
         started = time.perf_counter()
         ahead = self._ahead.take(generation)
         self.metrics.add("rollout/seconds_generate", waited_s + time.perf_counter() - started)
         completions, metrics = ahead.answer.result()
         self.metrics.add_all({**getattr(self.engine, "metrics", {}), **metrics})
         check_versions(completions, ahead.version)
-        return Rollouts(self._rows(generation), ahead.prompts, _groups(ahead.prompts, completions, ahead.version))
+        groups = _groups(ahead.prompts, completions, ahead.version)
+        return Rollouts(self._rows(generation), ahead.prompts, groups, ahead.early)
 
     # ---- dynamic sampling -------------------------------------------------------------------------------------------
 
@@ -149,13 +170,9 @@ class GroupRollouts(GRPOResume):
         rewarded.advantages = self.reward_stage.advantages(rewarded, self.accelerator)
 
     def _fresh_groups(self, rows: list[int], seed: int) -> tuple[Rollouts, Rewarded]:
-        """Groups of these rows, sampled with the weights that the engine holds, and their rewards."""
-        prompts = self._encode([self.train_examples[i] for i in rows])
-        completions = self.engine.generate(prompts, self._sampling(), seed=seed)
-        assert self._engine_version is not None
-        check_versions(completions, self._engine_version)
-        groups = _groups(prompts, completions, self._engine_version)
-        return Rollouts(rows, prompts, groups), self.reward_stage.judge(groups, self.state)
+        """Groups of these rows and their rewards."""
+        fresh = self._asked(rows, self._encode([self.train_examples[i] for i in rows]), seed)
+        return fresh, self.reward_stage.judge(fresh.groups, self.state, fresh.early)
 
 
 def differs(rewards: torch.Tensor) -> bool:
@@ -164,4 +181,15 @@ def differs(rewards: torch.Tensor) -> bool:
 
 
 def _groups(prompts: Sequence[EncodedPrompt], completions: Sequence[list], version: int) -> list[RolloutGroup]:
-    return [RolloutGroup(p.example, p.prompt_ids, c, version) for p, c in zip(prompts, completions, strict=True)]
+    return [_group(prompt, own, version) for prompt, own in zip(prompts, completions, strict=True)]
+
+
+def _group(prompt: EncodedPrompt, completions: list[Completion], version: int) -> RolloutGroup:
+    return RolloutGroup(prompt.example, prompt.prompt_ids, completions, version)
+
+
+def _heard(early: EarlyVerdicts | None, prompts: Sequence[EncodedPrompt], version: int) -> dict[str, OnGroup]:
+    """What an engine is given so that verdicts begin with each group that it finishes."""
+    if early is None:
+        return {}
+    return {"on_group": lambda number, own: early.add(number, _group(prompts[number], own, version))}

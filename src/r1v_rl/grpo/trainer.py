@@ -155,8 +155,10 @@ class GRPOTrainer(HeldoutEvaluation):
     def _rollout(self, generation: int) -> GenerationBatch:
         """Sample, reward and centre the groups of one generation; what the update needs of them."""
         rollouts = self._sampled(generation)
+        if rollouts.early is not None:
+            self.metrics.add("rollout/seconds_reward_early", rollouts.early.seconds)
         with self.metrics.timed("reward"):
-            rewarded = self.reward_stage(rollouts.groups, self.accelerator, self.state)
+            rewarded = self.reward_stage(rollouts.groups, self.accelerator, self.state, rollouts.early)
         if self.args.dynamic_sampling:
             with self.metrics.timed("resample"):
                 self._replace_equal_groups(generation, rollouts, rewarded)

@@ -64,18 +64,24 @@ class Dispatch:
         self._rows: Sequence[str] = ()
         self._todo: deque[int] = deque()
         self._replies: dict[int, Reply] = {}
+        self._on_reply: Callable[[int, Reply], None] | None = None
         self._tries: dict[int, int] = {}
         self._news = asyncio.Event()
         self._error: BaseException | None = None
         self.retries = 0
 
-    async def all(self, bodies: Sequence[dict], rows: Sequence[str]) -> list[Reply]:
+    async def all(
+        self, bodies: Sequence[dict], rows: Sequence[str], on_reply: Callable[[int, Reply], None] | None = None
+    ) -> list[Reply]:
         """A reply to each, in order, made with the weights of `version`; `rows` names them in messages.
+
+        Args:
+            on_reply: Told of each reply that counts, with its number, when it is there; what it raises ends the call.
 
         Raises:
             UserError: If no server is left, or one prompt fails again and again.
         """
-        self._rows = rows
+        self._rows, self._on_reply = rows, on_reply
         self._todo.extend(range(len(bodies)))
         attending = [asyncio.create_task(self._attend(worker)) for worker in self._workers]
         looks = [asyncio.create_task(worker.answered.wait()) for worker in self._workers]
@@ -123,6 +129,8 @@ class Dispatch:
                     f"it answered with other weights ({reply.weight_version or 'changing'})", answers=True
                 )
             self._replies[number] = reply
+            if self._on_reply is not None:
+                self._on_reply(number, reply)
         except ServerFault as fault:
             await self._again(worker, number, fault)
         except asyncio.CancelledError:  # its server was given up

@@ -43,6 +43,11 @@ class Sampling:
         return list(zip(tokens, penalties, strict=True))
 
 
+OnGroup = Callable[[int, list[Completion]], None]
+"""Told of a prompt, by its number, and its completions, once and as soon as all of them are there; quick, and called
+from whatever thread the engine waits in."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions. Implementations: `rollout.hf` (reference), `rollout.vllm_inprocess`, `rollout.servers`."""
@@ -55,7 +60,9 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
         """`num_generations` completions for each prompt, in order; the same seed and weights give the same ones."""
         ...
 
@@ -69,7 +76,7 @@ class BackgroundEngine(RolloutEngine, Protocol):
     """One that can be asked from another thread, while the trainer updates."""
 
     async def generate_async(
-        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """As `generate`; gives up what it has in hand when it is cancelled. No weights may be synced meanwhile."""
         ...

@@ -15,7 +15,7 @@ from transformers import (
 
 from r1v_rl.models.families import joined, token_types
 from r1v_rl.models.parts import PARTS
-from r1v_rl.rollout.engine import Sampling
+from r1v_rl.rollout.engine import OnGroup, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.rollout.weights import merged_weights, trained_parts
 from r1v_rl.types import Completion
@@ -50,13 +50,20 @@ class TransformersEngine:
                 own[name].copy_(tensor)
         self._synced = True
 
-    def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
-        """Completions without log-probabilities: they are the policy's own, which the trainer computes anyway."""
+    def generate(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        """Completions without log-probabilities: they are the policy's own, which the trainer computes anyway. All of
+        them are there at the end, and no group before."""
         count = sampling.num_generations
         rows = [prompt for prompt in prompts for _ in range(count)]
         limits = [limit for limit in sampling.limits(len(prompts)) for _ in range(count)]
         completions = self._sample(rows, sampling, limits, seed)
-        return [completions[i : i + count] for i in range(0, len(completions), count)]
+        groups = [completions[i : i + count] for i in range(0, len(completions), count)]
+        if on_group is not None:
+            for number, group in enumerate(groups):
+                on_group(number, group)
+        return groups
 
     def stream(
         self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]

@@ -22,7 +22,7 @@ from torch import nn
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.models.parts import PARTS
 from r1v_rl.rollout.dispatch import Dispatch
-from r1v_rl.rollout.engine import Sampling
+from r1v_rl.rollout.engine import OnGroup, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.rollout.server_client import Reply, ServerClient, picture_part
 from r1v_rl.rollout.server_keeper import Server, ServerKeeper, Weights
@@ -139,13 +139,15 @@ class ServerEngine:
         frozen = None if known else self._written(policy, set(PARTS) - trained, f"frozen-{number}", mistakes)
         self._weights = self._on_main(lambda: self._hand_over(number, version, files, frozen, mistakes))
 
-    def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
         """As `RolloutEngine`. A completion's tokens follow from seed, prompt and weights, up to rounding: what shares a
         batch with it depends on timing."""
-        return run_async(self.generate_async(prompts, sampling, seed=seed))
+        return run_async(self.generate_async(prompts, sampling, seed=seed, on_group=on_group))
 
     async def generate_async(
-        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """The same as a coroutine, for another thread's event loop."""
         bodies = [
@@ -154,13 +156,17 @@ class ServerEngine:
         ]
         weights = self._weights
         assert weights is not None, "sync first"
-        replies = await self._asked(bodies, [prompt.example.id for prompt in prompts], weights.version)
-        for prompt, reply in zip(prompts, replies, strict=True):
-            check_prompt(prompt, reply.prompt_ids)
-        return [
-            [completion(self._tokenizer, self._eos, *sample, weights.step) for sample in reply.samples]
-            for reply in replies
-        ]
+        groups: dict[int, list[Completion]] = {}
+
+        def finished(number: int, reply: Reply) -> None:
+            check_prompt(prompts[number], reply.prompt_ids)
+            samples = reply.samples
+            groups[number] = [completion(self._tokenizer, self._eos, *sample, weights.step) for sample in samples]
+            if on_group is not None:
+                on_group(number, groups[number])
+
+        await self._asked(bodies, [prompt.example.id for prompt in prompts], weights.version, finished)
+        return [groups[number] for number in range(len(prompts))]
 
     def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
         """vLLM's log-probabilities of prompts, of which the texts are the end."""
@@ -268,7 +274,9 @@ class ServerEngine:
         assert self._weights is not None, "sync first"
         return run_async(self._asked(bodies, [prompt.example.id for prompt in prompts], self._weights.version))
 
-    async def _asked(self, bodies: list[dict], rows: list[str], version: str) -> list[Reply]:
+    async def _asked(
+        self, bodies: list[dict], rows: list[str], version: str, on_reply: Callable[[int, Reply], None] | None = None
+    ) -> list[Reply]:
         settings = self._settings
         clients = [ServerClient(url, self._key, settings.timeout_s) for url in self._urls]
         dispatch = Dispatch(
@@ -280,7 +288,7 @@ class ServerEngine:
             watch=self._keeper.raise_error if self._keeper is not None else lambda: None,
         )
         try:
-            return await dispatch.all(bodies, rows)
+            return await dispatch.all(bodies, rows, on_reply)
         finally:
             self.metrics = {"rollout/servers": dispatch.num_ready, "rollout/retries": dispatch.retries}
             for client in clients:

@@ -5,13 +5,14 @@ import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
 from r1v_rl.models.parts import PARTS
-from r1v_rl.rollout.engine import Sampling
+from r1v_rl.rollout.engine import OnGroup, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.rollout.vllm_requests import (
     CACHE_RESETS,
@@ -99,15 +100,36 @@ class VllmEngine:
         for reset in CACHE_RESETS:
             getattr(self._llm.llm_engine, reset)()
 
-    def generate(self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        groups: dict[int, list[Completion]] = {}
+
+        def finished(number: int, output: Any) -> None:
+            check_prompt(prompts[number], output.prompt_token_ids)
+            groups[number] = [self._completion(sample) for sample in output.outputs]
+            if on_group is not None:
+                on_group(number, groups[number])
+
         requests = [self._request(prompt) for prompt in prompts]
         with _random_states_kept():
             torch.manual_seed(seed)  # seeds of single requests break chunked prefills on a CPU, and are slower
             parameters = [self._parameters(sampling, *limits) for limits in sampling.limits(len(prompts))]
-            outputs = self._llm.generate(requests, parameters, use_tqdm=False)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            check_prompt(prompt, output.prompt_token_ids)
-        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+            self._run(requests, parameters, finished)
+        return [groups[number] for number in range(len(prompts))]
+
+    def _run(self, requests: list[dict], parameters: list[Any], finished: Callable[[int, Any], None]) -> None:
+        """`LLM.generate`, which says nothing before all is done; `finished` is told of each request by its number."""
+        engine = self._llm.llm_engine
+        ids = self._llm.enqueue(requests, parameters, use_tqdm=False)
+        first = int(ids[0].partition("-")[0]) if ids else 0  # vLLM counts requests, and adds random letters
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    finished(int(output.request_id) - first, output)
+        except BaseException:  # Ctrl-C too: what is left of the requests would stay in the engine
+            engine.abort_request(ids, internal=True)
+            raise
 
     def stream(
         self, prompt: EncodedPrompt, sampling: Sampling, *, seed: int, on_text: Callable[[str], None]

@@ -51,6 +51,12 @@ class ChatReply:
     error: str = ""
 
 
+@dataclass
+class _Failures:
+    in_a_row: int = 0
+    """Questions that failed for good since the last reply."""
+
+
 @dataclass(frozen=True)
 class ChatModel:
     """A model behind an OpenAI-compatible endpoint, and how it is asked.
@@ -75,6 +81,8 @@ class ChatModel:
     """Starts the model's server, the first time that there is something to ask, and returns its `base_url`."""
     role: str = "judge"
     """The first part of the recipe keys that name this model."""
+    failures: _Failures = field(default_factory=_Failures, repr=False, compare=False)
+    """Over all calls of `ask`."""
 
     def __post_init__(self) -> None:
         if taken := sorted(set(self.parameters) & set(_PARAMETERS)):
@@ -129,7 +137,6 @@ class _Asking:
 
     def __init__(self, model: ChatModel, store: ReplyStore, failed: dict[str, str], bar: tqdm, budget: Budget):
         self.model, self.store, self.failed, self.bar, self.budget = model, store, failed, bar, budget
-        self.failures_in_a_row = 0
         self.reached: BudgetReached | None = None
 
     async def all(self, missing: dict[str, ChatQuestion]) -> None:
@@ -171,11 +178,11 @@ class _Asking:
                 return
             if text is not None:
                 self.store.put((key, text), model=self.model.model, spent=spent)
-                self.failures_in_a_row = 0
+                self.model.failures.in_a_row = 0
             else:
                 self.failed[key] = error
-                self.failures_in_a_row += 1
-                if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                self.model.failures.in_a_row += 1
+                if self.model.failures.in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise UserError(
                         f"{self.where} failed {MAX_FAILURES_IN_A_ROW} times in a row, last at row {question.row_id}: "
                         f"{error}; {len(self.store)} replies are kept: mend it and run the same command again"

@@ -41,6 +41,8 @@ class PluginProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._owner_pid = os.getpid()
+        self.per_completion = False
+        """What the function says of itself (`RewardFunction.per_completion`)."""
         self.source = self._start()
         atexit.register(self.close)
 
@@ -69,7 +71,10 @@ class PluginProcess:
         return reply["rewards"], reply["problems"]
 
     def close(self) -> None:
-        """Kill the process and everything it started; safe to call twice."""
+        """Kill the process and everything it started; safe to call twice. A call in another thread fails at once."""
+        process = self._process
+        if os.getpid() == self._owner_pid and process is not None:
+            _kill_group(process)  # before the lock, which that call holds
         with self._lock:
             if os.getpid() == self._owner_pid:
                 self._kill()
@@ -106,6 +111,7 @@ class PluginProcess:
         if "error" in reply:
             self._kill()
             raise RewardError(reply["error"] + self._withheld(reply))
+        self.per_completion = reply["per_completion"]
         return Source(reply["path"], reply["sha256"])
 
     def _ask(self, message: Any, timeout_s: float, must: str) -> dict[str, Any]:
@@ -142,12 +148,16 @@ class PluginProcess:
 
     def _kill(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            _kill_group(self._process)
             self._process.wait()
         if self._channel is not None:
             self._channel.close()
         self._process = self._channel = None
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _called_with(arguments: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import numbers
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -47,6 +48,11 @@ class RewardFunction:
         """File and sha256 of a user's reward; None for a built-in one and for a function handed over in Python."""
         self.num_failures = 0
         """Completions left without a reward because the function failed."""
+        self.per_completion = bool(getattr(function, "per_completion", False))
+        """Whether it judges each completion by itself, as a function says of itself by an attribute of this name. Then
+        it is asked while others are sampled, several times a generation, each time with some of the groups."""
+        self.turn = threading.Lock()
+        """Held by the threads that ask it so, one at a time."""
         self._function = function
         self._is_built_in = is_built_in
         self._timeout_s = timeout_s

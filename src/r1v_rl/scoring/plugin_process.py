@@ -29,7 +29,7 @@ def serve(channel: socket.socket) -> None:
     label = name.rpartition(":")[2].rpartition(".")[2]
     reward = RewardFunction(label, function, source=source)
     own_pid = os.getpid()
-    channel.sendall(frame({"path": source.path, "sha256": source.sha256}))
+    channel.sendall(frame({"path": source.path, "sha256": source.sha256, "per_completion": reward.per_completion}))
     while (message := _receive(channel)) is not None:
         reply = call(reward, message)
         if os.getpid() != own_pid:  # a copy that the function forked: only the original answers

@@ -108,6 +108,7 @@ def compute_score_as_reward(function: _PlugIn, *, is_sequential: bool) -> _PlugI
                 log_metric(f"reward_parts/{part}", sum(numbers) / len(numbers))
         return [score["overall"] for score in scores]
 
+    reward.per_completion = getattr(function, "per_completion", False)  # type: ignore[attr-defined]
     return reward
 
 

@@ -16,7 +16,7 @@ from r1v_rl.errors import RecipeError, RewardError, UserError
 from r1v_rl.models.weight_files import load_weights
 from r1v_rl.scoring.format import with_prompt_think
 from r1v_rl.scoring.replies import ReplyStore, content_key
-from r1v_rl.scoring.rules import Reward, RewardSettings, completion_text
+from r1v_rl.scoring.rules import Reward, RewardSettings, completion_text, per_completion
 from r1v_rl.scoring.scorers import Score, ScorerConfig, WorkedAnswer
 
 Conversation = tuple[list[dict[str, Any]], Sequence[Any]]
@@ -83,7 +83,8 @@ def _conversation(answer: WorkedAnswer) -> Conversation:
 
 def reward_model_reward(settings: RewardSettings) -> Reward:
     """The scalar that a sequence classification model gives each completion in its conversation, pictures included
-    where its processor takes them; the `<think>` that a prompt opened is put back.
+    where its processor takes them; the `<think>` that a prompt opened is put back. A batch is of one prompt: a scalar
+    must not depend, not by rounding either, on what else is judged in a call.
 
     Raises:
         RewardError: If no model is named.
@@ -95,20 +96,23 @@ def reward_model_reward(settings: RewardSettings) -> Reward:
         )
     model, processor = load_reward_model(settings.reward_model, settings.reward_model_dtype)
 
+    @per_completion
     def reward_model(
-        completions: Sequence[Any], prompts: Sequence[Any], images: Sequence[Sequence[Any]] | None = None, **_: Any
+        completions: Sequence[Any],
+        prompts: Sequence[Any],
+        images: Sequence[Sequence[Any]] | None = None,
+        id: Sequence[Any] | None = None,
+        **_: Any,
     ) -> list[float | None]:
         shown: list[Conversation] = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = with_prompt_think(completion_text(completion), settings.prompt_opens_think)
             shown.append(([*turns, {"role": "assistant", "content": text}], () if images is None else images[row]))
-        rewards: list[float | None] = [None] * len(shown)
-        order = sorted(range(len(shown)), key=lambda row: bool(shown[row][1]))  # no batch mixes the two kinds
-        for batch in _batches([(row, shown[row]) for row in order], settings.reward_model_batch_size):
-            scalars = _rewards(model, processor, [conversation for _, conversation in batch])
-            for (row, _shown), scalar in zip(batch, scalars, strict=True):
-                rewards[row] = scalar
+        rewards: list[float | None] = []
+        for _prompt, rows in groupby(range(len(shown)), key=(prompts if id is None else id).__getitem__):
+            for batch in _batches([(row, shown[row]) for row in rows], settings.reward_model_batch_size):
+                rewards += _rewards(model, processor, [conversation for _, conversation in batch])
         return rewards
 
     return reward_model

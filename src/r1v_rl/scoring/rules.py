@@ -87,6 +87,12 @@ class RewardSettings:
             ) from error
 
 
+def per_completion(reward: Reward) -> Reward:
+    """The same function, marked as one that judges each completion by itself (`RewardFunction.per_completion`)."""
+    reward.per_completion = True  # type: ignore[attr-defined]
+    return reward
+
+
 def completion_text(completion: Any) -> str:
     """The text of one completion as TRL hands it over: a string, or the assistant's messages."""
     if isinstance(completion, str):

@@ -12,7 +12,7 @@ from typing import Any
 from r1v_rl.errors import RewardError, UserError
 from r1v_rl.recipe_values import convert
 from r1v_rl.scoring.answers import Verdict
-from r1v_rl.scoring.rules import Reward, RewardSettings, gold_column, judged
+from r1v_rl.scoring.rules import Reward, RewardSettings, gold_column, judged, per_completion
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def judge_reward(settings: RewardSettings) -> Reward:
     folder = Path(settings.output_dir or tempfile.mkdtemp(prefix="r1v_rl_judge_"))
     stores: list[ReplyStore] = []  # opened with the first question
 
+    @per_completion
     def judge(completions: Sequence[Any], prompts: Any = None, **columns: Any) -> list[float | None]:
         verdicts = judged(completions, settings, columns, "judge")
         kinds = columns.get("answer_kind") or [None] * len(verdicts)
@@ -138,7 +139,7 @@ def judge_reward(settings: RewardSettings) -> Reward:
         if columns.get("log_metric") is not None:
             columns["log_metric"]("reward_workers/judge_asked", len(questions) / max(1, len(verdicts)))
             unsaid = sum(rewards[row] is None for row in questions)
-            columns["log_metric"]("reward_workers/judge_cannot_judge", unsaid / max(1, len(questions)))
+            columns["log_metric"]("reward_workers/judge_cannot_judge", unsaid / max(1, len(verdicts)))
         return rewards
 
     return judge
