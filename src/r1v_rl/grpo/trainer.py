@@ -1,5 +1,6 @@
 """The GRPO trainer: roll out whole groups, reward them, centre, update. `_rollout` and `compute_loss` are the loop."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -109,6 +110,7 @@ class GRPOTrainer(HeldoutEvaluation):
             micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
             shuffle=bool(args.shuffle_dataset),
             seed=args.data_seed if args.data_seed is not None else args.seed,
+            blocks=args.steps_per_generation // math.gcd(args.steps_per_generation, args.gradient_accumulation_steps),
         )
         if self.ref_model is not None:
             self.ref_model = prepare_reference(self.ref_model, self.accelerator, args)
