@@ -1,5 +1,6 @@
 """Which prompts belong to which generation: a pure function of the seed, so that a resumed run needs no position."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from r1v_rl.errors import DataError
+from r1v_rl.grpo.config import GRPOConfig
 
 
 class PromptSampler:
@@ -78,6 +80,18 @@ class PromptSampler:
         if not self._shuffle:
             return list(range(self.num_examples))
         return torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def prompt_sampler(num_examples: int, args: GRPOConfig) -> PromptSampler:
+    """That of a recipe; of a generation which serves several updates each takes a block, or several."""
+    return PromptSampler(
+        num_examples,
+        prompts_per_generation=args.generation_batch_size // args.num_generations,
+        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+        shuffle=bool(args.shuffle_dataset),
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        blocks=args.steps_per_generation // math.gcd(args.steps_per_generation, args.gradient_accumulation_steps),
+    )
 
 
 class MicroSteps(Dataset):
