@@ -1,5 +1,6 @@
 """Checkpoints of two ranks resumed by one, and of one by two: the weights of the run that was not interrupted."""
 
+import re
 import time
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import torch
 import yaml
 from grpo.engine_run import two_processes
 from grpo.other_ranks_run import on_two, run
+from grpo.tiny_run import make_trainer as grpo
 from kill_run import RECIPES
 from random_vlm import save_random_vlm
 from ranks import Ranks, launch
 from safetensors.torch import load_file
+from sft.tiny_sft import make_trainer as sft
 
 from r1v_rl import cli
 from r1v_rl.errors import CheckpointError
@@ -25,20 +28,24 @@ JOBS = {"ddp": ["plain", "inside", "sft"], "fsdp2": ["inside", "lora"]}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def model(tmp_path_factory) -> Path:
+    return save_random_vlm(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory) -> Path:
     """Every job by one rank, to its end."""
     folder = tmp_path_factory.mktemp("alone")
-    model = save_random_vlm(folder / "model")
     for job in sorted(set().union(*JOBS.values())):
         run(None, model, folder, job)
     return folder
 
 
 @pytest.mark.parametrize("engine", JOBS)
-def test_another_number_of_ranks_ends_with_the_same_weights(engine, alone, tmp_path, caplog):
-    two_processes(engine, on_two, alone / "model", tmp_path, JOBS[engine], alone)
+def test_another_number_of_ranks_ends_with_the_same_weights(engine, model, alone, tmp_path, caplog):
+    two_processes(engine, on_two, model, tmp_path, JOBS[engine], alone)
     for job in JOBS[engine]:
-        run(None, alone / "model", tmp_path / "one", job, tmp_path)
+        run(None, model, tmp_path / "one", job, tmp_path)
         wanted = load_file(next((alone / job).glob("*.safetensors")))
         for way in ("resumed", "one"):
             found = load_file(next((tmp_path / way / job).glob("*.safetensors")))
@@ -56,9 +63,8 @@ def test_another_number_of_ranks_ends_with_the_same_weights(engine, alone, tmp_p
     assert "num_processes, are 8 as they were (8 x 1 x 1) and not 16 (8 x 1 x 2)" in first
 
 
-def test_a_command_on_another_number_of_ranks(tmp_path):
+def test_a_command_on_another_number_of_ranks(model, tmp_path):
     """Two ranks are killed; one is told which keys to change, goes on with them, and two are told in their turn."""
-    model = save_random_vlm(tmp_path / "model")
     killed = _launch("ddp", model, tmp_path, per_device_train_batch_size=8)
     deadline = time.monotonic() + 240
     while not (tmp_path / "out" / "checkpoint-2").exists() and time.monotonic() < deadline:
@@ -96,6 +102,7 @@ def _launch(engine: str | None, model: Path, folder: Path, **keys) -> Ranks:
 
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
+ONE_STEP = {"gradient_accumulation_steps": 1, "steps_per_generation": 1}
 ROWS = {"the rows": ("per_device_train_batch_size", "num_processes")}
 
 
@@ -125,6 +132,27 @@ def fingerprint(processes: int, engine: str | None = None, rows: int = 4, seed: 
 def test_what_another_number_of_ranks_needs(then, now, said):
     reason = refusal(then, now, ROWS)
     assert said in reason and bool(said) == bool(reason), reason
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "ranks", "then", "said"),
+    [
+        (grpo, {}, 2, {"per_device_train_batch_size": 4}, ""),
+        (grpo, {"steps_per_generation": 2}, 2, {"per_device_train_batch_size": 4}, ""),
+        (grpo, {"steps_per_generation": 2}, 4, {"per_device_train_batch_size": 2}, r"on 4 ranks .*\(2 x 1 rows of gr"),
+        (grpo, {"loss_type": "bnpo"}, 2, {"per_device_train_batch_size": 4}, "weigh tokens by it"),
+        (grpo, {"loss_type": "bnpo", "gradient_accumulation_steps": 2}, 2, ONE_STEP, ""),
+        (grpo, {"top_entropy_quantile": 0.5, "gradient_accumulation_steps": 2}, 2, ONE_STEP, "top_entropy_quantile"),
+        (sft, {}, 2, {"per_device_train_batch_size": 1}, ""),
+        (sft, {"gradient_accumulation_steps": 2}, 2, {"gradient_accumulation_steps": 1}, ""),
+        (sft, {"gradient_accumulation_steps": 2, "dataloader_drop_last": True}, 2, ONE_STEP, "dataloader_drop_last"),
+        (sft, {"average_tokens_across_devices": False}, 2, {"per_device_train_batch_size": 1}, "its own mean"),
+    ],
+)
+def test_what_depends_on_the_number_of_ranks_is_refused(model, tmp_path, make, keys, ranks, then, said):
+    trainer = make(model, tmp_path, **keys)
+    reason = trainer._refusal({**trainer._fingerprint(), "num_processes": ranks, **then})
+    assert bool(reason) == bool(said) and re.search(said, reason), reason
 
 
 def test_an_update_has_the_same_prompts_on_any_number_of_ranks():
