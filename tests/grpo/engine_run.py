@@ -44,17 +44,16 @@ _SFT = {
 
 
 class RecordedRollouts:
-    """Completions that follow from the row and the number of the rollout alone, whoever asks. Every third group has
-    equal ones: a process may have nothing that moves the weights, and the other has."""
+    """Completions that follow from the row and the step alone, whoever asks, and after a resume too. Every third group
+    has equal ones: a process may have nothing that moves the weights, and the other has."""
 
     def __init__(self, vocabulary: int):
-        self._vocabulary, self._rollouts, self._version = vocabulary, 0, 0
+        self._vocabulary, self._version = vocabulary, 0
 
     def sync_weights(self, policy: Any, version: int = 0) -> None:
         self._version = version
 
     def generate(self, prompts: list, sampling: Any, *, seed: int) -> list[list[Completion]]:
-        self._rollouts += 1
         return [[self._completion(p, i) for i in range(sampling.num_generations)] for p in prompts]
 
     def token_logprobs(self, prompts: list, texts: list[list[int]]) -> list[list[float]]:
@@ -62,8 +61,8 @@ class RecordedRollouts:
 
     def _completion(self, prompt: Any, number: int) -> Completion:
         row = int(prompt.example.id.removeprefix("row"))
-        number *= (row + self._rollouts) % 3 > 0
-        generator = torch.Generator().manual_seed(1000 * self._rollouts + 10 * row + number)
+        number *= (row + self._version + 1) % 3 > 0
+        generator = torch.Generator().manual_seed(1000 * (self._version + 1) + 10 * row + number)
         length = int(torch.randint(1, 7, (), generator=generator))
         ids = torch.randint(300, self._vocabulary, (length,), generator=generator).tolist()
         return Completion(token_ids=ids, logprobs=[], text="", is_truncated=False, weight_version=self._version)
@@ -187,12 +186,18 @@ def train_and_save(engine: str | None, model: Path, folder: Path, jobs: dict[str
             (folder / f"{name}.json").write_text(json.dumps(losses))
 
 
-def fine_tune(engine: str | None, model: Path, folder: Path) -> None:
-    """`sft` of packed rows, some of them without pictures, its model in `folder/sft`."""
-    args = SFTConfig(**{**SFT_SETTINGS, "output_dir": str(folder / "sft-run"), **_settings(engine, _SFT)})
+def make_tuner(engine: str | None, model: Path, output_dir: Path, changes: dict) -> SFTTrainer:
+    """As `make_trainer`, for `sft` of packed rows, some of them without pictures."""
+    settings = _settings(engine, {**_SFT, **changes})
+    args = SFTConfig(**{**SFT_SETTINGS, "output_dir": str(output_dir), **settings})
     if engine == "fsdp2":
         _ask_for_fsdp(args)
-    trainer = SFTTrainer(model=str(model), args=args, train_dataset=SFT_ROWS)
+    return SFTTrainer(model=str(model), args=args, train_dataset=SFT_ROWS)
+
+
+def fine_tune(engine: str | None, model: Path, folder: Path) -> None:
+    """An `sft` run, its model in `folder/sft`."""
+    trainer = make_tuner(engine, model, folder / "sft-run", {})
     trainer.train()
     trainer.save_model(str(folder / "sft"))
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from damage import damaged
-from grpo.engine_run import ENGINES, exercise, fine_tune, train_and_save, two_processes
+from grpo.engine_run import ENGINES, exercise, fine_tune, make_trainer, train_and_save, two_processes
 from random_vlm import save_random_vlm
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from r1v_rl import checkpoints
+from r1v_rl.errors import CheckpointError
 
 JOBS: dict[str, dict] = {
     "projector": {"trainable": ["projector"], "max_tokens_per_forward": 60},
@@ -50,6 +51,10 @@ def test_two_processes_train_save_roll_out_and_resume_as_one_does(engine, alone,
         assert seen["is_current"], "rollouts do not use the policy's weights"
         assert len(seen["answers"]) == 5
     checkpoint, seen_files = tmp_path / "resumed" / "checkpoint-3", set()
+    if engine.startswith("zero"):
+        one = make_trainer(None, alone / "model", tmp_path / "one", {})
+        with pytest.raises(CheckpointError, match=f"by 2 ranks under {engine}.* launch with `--num_processes 2`"):
+            one.train(resume_from_checkpoint=str(checkpoint))
     for file, fault in damaged(checkpoint):
         seen_files.add(file)
         assert checkpoints.verify(checkpoint)[0].startswith(file), (file, fault)

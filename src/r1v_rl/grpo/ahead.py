@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from r1v_rl.grpo.sampler import chosen
 from r1v_rl.grpo.verdicts import EarlyVerdicts
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.types import Completion
@@ -142,6 +143,19 @@ class RolloutsAhead:
                 return groups, {"rollout/seconds_ahead": time.perf_counter() - started}
         finally:
             asked.close()  # where its turn never came
+
+
+def shared_ahead(
+    states: Sequence[dict[int, dict[str, Any]]], places: Sequence[Sequence[int]], wanted: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """Of the `state` of several processes, with the prompts at `places`, that of one with those at `wanted`; without
+    generations that not all of them have."""
+    found = {}
+    for number in sorted(set.intersection(*map(set, states))):
+        parts = [state[number] for state in states]
+        groups = chosen([_unpacked(part) for part in parts], places, wanted)
+        found[number] = {"version": parts[0]["version"], "begun": parts[0]["begun"], **_packed(groups)}
+    return found
 
 
 async def _cancel_all() -> None:

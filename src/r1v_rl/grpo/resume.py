@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from r1v_rl.grpo.ahead import RolloutsAhead
+from r1v_rl.grpo.ahead import RolloutsAhead, shared_ahead
 from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
-from r1v_rl.grpo.sampler import MicroSteps, PromptSampler
+from r1v_rl.grpo.sampler import MicroSteps, PromptSampler, chosen
 from r1v_rl.models.families import token_positions
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.tracking.completions import RolloutStore
+from r1v_rl.training.other_ranks import ACCUMULATION, PER_DEVICE, PER_GENERATION, RANKS, Rows, ranks
 from r1v_rl.training.resume import ExactResume
 from r1v_rl.types import Example
 
@@ -97,7 +100,8 @@ class GRPOResume(ExactResume):
 
     def _restore_buffer(self, state: dict) -> None:
         prompts = self._encode([self.train_examples[i] for i in state["fields"]["rows"]])
-        self._buffer = GenerationBatch(prompts=prompts, **state["fields"])
+        advantages = state["fields"]["advantages"].to(self.accelerator.device)
+        self._buffer = GenerationBatch(prompts=prompts, **{**state["fields"], "advantages": advantages})
         self._buffered_generation = state["generation"]
 
     def _restore_ahead(self, ahead: RolloutsAhead, state: dict[int, dict]) -> None:
@@ -107,6 +111,44 @@ class GRPOResume(ExactResume):
             rows = self.sampler.prompts(number, rank, world)
             ahead.restore(number, self._encode([self.train_examples[i] for i in rows]), state[number])
 
+    # ---- on another number of ranks -------------------------------------------------------------------------------
+
+    def rows_on_any_ranks(self) -> Rows:
+        rows: dict[str, tuple[str, ...]] = {"the rows of a generation": (PER_DEVICE, PER_GENERATION, RANKS)}
+        if self.args.loss_type == "bnpo" or self.args.entropy_coef:
+            rows["the rows of a micro-batch (`loss_type: bnpo` and `entropy_coef` weigh tokens by it)"] = (PER_DEVICE,)
+        if self.args.top_entropy_quantile < 1.0:
+            rows["the rows of a micro-step (`top_entropy_quantile` is over their tokens)"] = (PER_DEVICE, RANKS)
+        return {**super().rows_on_any_ranks(), **rows}
+
+    def _refusal(self, then: dict) -> str:
+        now = self._fingerprint()
+        if (reason := super()._refusal(then)) or then[RANKS] == now[RANKS]:
+            return reason
+        for run in (then, now):
+            between_updates = math.gcd(run[PER_GENERATION], run[ACCUMULATION])
+            if between_updates < run[PER_GENERATION] and run[PER_DEVICE] * between_updates % run["num_generations"]:
+                return (
+                    f"was written by {ranks(then)}, and on {ranks(run)} an update takes parts of groups "
+                    f"({run[PER_DEVICE]} x {between_updates} rows of groups of {run['num_generations']}): other ranks "
+                    f"would make other updates of a generation. Launch with `--num_processes {then[RANKS]}`"
+                )
+        return ""
+
+    def _shared_out(self, states: list[dict], run: dict) -> dict:
+        """Whole groups change hands; the position is counted in micro-steps of this run."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        places, mine = [self.sampler.places(r, run[RANKS]) for r in range(run[RANKS])], self.sampler.places(rank, world)
+        rows = states[0]["micro_step"] * run[PER_DEVICE] * run[RANKS]
+        return {
+            **super()._shared_out(states, run),
+            "micro_step": rows // (self.args.per_device_train_batch_size * world),
+            "buffer": _shared_buffer([state["buffer"] for state in states], places, mine, world),
+            "ahead": shared_ahead([state["ahead"] for state in states], places, mine),
+        }
+
+    # ---- what the run is made of ----------------------------------------------------------------------------------
+
     def get_train_dataloader(self) -> DataLoader:
         """Micro-steps: what each of them trains on follows from its number alone."""
         return DataLoader(MicroSteps(self.sampler), batch_size=1, collate_fn=lambda items: items[0])
@@ -115,3 +157,22 @@ class GRPOResume(ExactResume):
         """A hash of the training rows' ids, prompts and answers."""
         rows = [[e.id, e.answer, e.messages] for e in self.train_examples]
         return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+def _shared_buffer(states: list[dict], places: list[list[int]], mine: list[int], world: int) -> dict | None:
+    """Of the buffers of several processes, with the prompts at `places`, that of one of `world` with those at `mine`;
+    None where the generation is used up."""
+    if states[0] is None:
+        return None
+    parts = [state["fields"] for state in states]
+    size = len(parts[0]["completion_ids"]) // len(parts[0]["rows"])
+    fields: dict[str, Any] = {
+        "rows": chosen([part["rows"] for part in parts], places, mine),
+        "advantages": torch.stack(chosen([list(part["advantages"]) for part in parts], places, mine, size)),
+        "process_tokens": parts[0]["process_tokens"] * len(parts) / world,
+        "weight_version": min(part["weight_version"] for part in parts),
+    }
+    for name in ("completion_ids", "counts", "sampler_logprobs", "old_logprobs", "reference_logprobs"):
+        found = [part[name] for part in parts]
+        fields[name] = None if any(values is None for values in found) else chosen(found, places, mine, size)
+    return {"generation": states[0]["generation"], "fields": fields}

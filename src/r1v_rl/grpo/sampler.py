@@ -1,10 +1,15 @@
 """Which prompts belong to which generation: a pure function of the seed, so that a resumed run needs no position."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy
 import torch
 from torch.utils.data import Dataset
 
 from r1v_rl.errors import DataError
+from r1v_rl.grpo.config import GRPOConfig
 
 
 class PromptSampler:
@@ -17,6 +22,8 @@ class PromptSampler:
             `num_iterations`).
         shuffle: Permute each epoch.
         seed: Of the permutations.
+        blocks: Parts of a generation that updates use one after the other. Processes share out each of them, so that
+            an update has the same prompts whatever their number; where that would split a group, the whole.
 
     Raises:
         DataError: If the dataset has fewer than P rows.
@@ -30,6 +37,7 @@ class PromptSampler:
         micro_steps_per_generation: int,
         shuffle: bool,
         seed: int,
+        blocks: int = 1,
     ):
         if num_examples < prompts_per_generation:
             raise DataError(
@@ -40,6 +48,7 @@ class PromptSampler:
         self.prompts_per_generation = prompts_per_generation
         self.micro_steps_per_generation = micro_steps_per_generation
         self.generations_per_epoch = num_examples // prompts_per_generation
+        self._blocks = blocks
         self._shuffle = shuffle
         self._seed = seed
 
@@ -47,9 +56,14 @@ class PromptSampler:
         """Dataset indices of this process's share of a generation; an epoch's incomplete last one is left out."""
         epoch, position = divmod(generation, self.generations_per_epoch)
         order = self._order(self._seed * 1_000_003 + epoch)
-        share = self.prompts_per_generation // world
-        start = position * self.prompts_per_generation + rank * share
-        return order[start : start + share]
+        return [order[position * self.prompts_per_generation + place] for place in self.places(rank, world)]
+
+    def places(self, rank: int, world: int) -> list[int]:
+        """Which of a generation's prompts are a process's, by their number."""
+        blocks = self._blocks if self.prompts_per_generation % (self._blocks * world) == 0 else 1
+        block = self.prompts_per_generation // blocks
+        share = block // world
+        return [start + rank * share + i for start in range(0, blocks * block, block) for i in range(share)]
 
     def spare(self, generation: int, rank: int, world: int) -> list[int]:
         """Dataset indices that this process may put in the place of prompts of a generation, none of which it has: in
@@ -68,6 +82,18 @@ class PromptSampler:
         return torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def prompt_sampler(num_examples: int, args: GRPOConfig) -> PromptSampler:
+    """That of a recipe; of a generation which serves several updates each takes a block, or several."""
+    return PromptSampler(
+        num_examples,
+        prompts_per_generation=args.generation_batch_size // args.num_generations,
+        micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
+        shuffle=bool(args.shuffle_dataset),
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        blocks=args.steps_per_generation // math.gcd(args.steps_per_generation, args.gradient_accumulation_steps),
+    )
+
+
 class MicroSteps(Dataset):
     """What the trainer's dataloader yields: one empty item for each micro-step of an epoch."""
 
@@ -79,6 +105,20 @@ class MicroSteps(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {}
+
+
+def chosen(parts: Sequence[Sequence], places: Sequence[Sequence[int]], wanted: Sequence[int], size: int = 1) -> list:
+    """What several processes have of a generation, for one of another number of them.
+
+    Args:
+        parts: Of each process, `size` items for each of its prompts.
+        places: The numbers of its prompts.
+        wanted: Those of the one.
+    """
+    by_place: dict[int, Any] = {}
+    for part, numbers in zip(parts, places, strict=True):
+        by_place |= {number: part[i * size : (i + 1) * size] for i, number in enumerate(numbers)}
+    return [item for number in wanted for item in by_place[number]]
 
 
 def generation_seed(seed: int, generation: int, rank: int, *rounds: int) -> int:

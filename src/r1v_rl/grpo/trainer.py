@@ -31,7 +31,7 @@ from r1v_rl.grpo.policy import (
 from r1v_rl.grpo.records import completion_records, show_completions
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.rollouts import Rollouts
-from r1v_rl.grpo.sampler import PromptSampler
+from r1v_rl.grpo.sampler import prompt_sampler
 from r1v_rl.grpo.update import (
     idle_passes,
     not_the_last_pass,
@@ -103,13 +103,7 @@ class GRPOTrainer(HeldoutEvaluation):
         self._vision = frozen_vision(self.model, args, self.accelerator)
         needs_blank = BlankPicture.is_needed(self.model, shards=shards_weights(self.accelerator))
         self._blank = BlankPicture(processor, self.accelerator.device, self._vision) if needs_blank else None
-        self.sampler = PromptSampler(
-            len(self.train_examples),
-            prompts_per_generation=args.generation_batch_size // args.num_generations,
-            micro_steps_per_generation=args.steps_per_generation * args.num_iterations,
-            shuffle=bool(args.shuffle_dataset),
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-        )
+        self.sampler = prompt_sampler(len(self.train_examples), args)
         if self.ref_model is not None:
             self.ref_model = prepare_reference(self.ref_model, self.accelerator, args)
         if args.grounding_every:

@@ -28,6 +28,7 @@ from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.training.engines import prepare_engine, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.training.optimizer import parameter_groups
+from r1v_rl.training.other_ranks import ACCUMULATION, PER_DEVICE, RANKS, Rows
 from r1v_rl.training.resume import ExactResume
 from r1v_rl.training.signals import StopOnSignal
 
@@ -186,6 +187,16 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
 
     def data_hash(self) -> str:
         return self._train_rows.data_hash()
+
+    def rows_on_any_ranks(self) -> Rows:
+        rows: dict[str, tuple[str, ...]] = {}
+        if self.args.dataloader_drop_last:
+            rows["the rows of a micro-step (`dataloader_drop_last` leaves out what fills none)"] = (PER_DEVICE, RANKS)
+        if not self.args.average_tokens_across_devices:
+            rows["the rows of a rank (each has its own mean: `average_tokens_across_devices: false`)"] = (
+                PER_DEVICE, ACCUMULATION,
+            )  # fmt: skip
+        return {**super().rows_on_any_ranks(), **rows}
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class RolloutStore:
         """Delete what was stored for later steps: a run that resumes at `step` samples them again; -1 forgets all."""
         for path, stored_step in _files(self.folder.parent):
             if stored_step > step:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may be as far
 
     def _store_image(self, image: Image.Image) -> str:
         identity = content_hash(image)

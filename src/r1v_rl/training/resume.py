@@ -1,6 +1,6 @@
 """Exact resume: a run that was killed goes on as if nothing had happened, to the last bit, or refuses with a reason."""
 
-import json
+import logging
 import math
 import random
 import shutil
@@ -12,7 +12,7 @@ import numpy
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoModelForImageTextToText, Trainer, TrainerControl, TrainerState
+from transformers import AutoModelForImageTextToText, Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
@@ -28,9 +28,12 @@ from r1v_rl.models.sharding import (
 from r1v_rl.models.weight_files import load_weights
 from r1v_rl.state_files import combined_hash, load_state, save_state
 from r1v_rl.training.engines import check_engine, engine_name
+from r1v_rl.training.other_ranks import ACCUMULATION, ENGINE, PER_DEVICE, RANKS, Rows, ranks, refusal
 from r1v_rl.training.ranks import watched_ranks
-from r1v_rl.training.shard_states import adapter_weights, load_optimizer_state, optimizer_state
+from r1v_rl.training.shard_states import adapter_weights, load_optimizer_state, optimizer_state, shared_optimizer_state
 from r1v_rl.training.signals import StopOnSignal
+
+logger = logging.getLogger(__name__)
 
 _TRAINER_STATE = "trainer_state.json"
 
@@ -48,11 +51,15 @@ class ExactResume(Trainer):
     control: TrainerControl
     optimizer: Any
     _stop: StopOnSignal
-    _random_states: dict
+    _random_states: dict | None
 
     def data_hash(self) -> str:
         """A hash of the training rows."""
         raise NotImplementedError
+
+    def rows_on_any_ranks(self) -> Rows:
+        """What a run on another number of ranks must have in common with this one; see `other_ranks.refusal`."""
+        return {"the rows of an update": (PER_DEVICE, ACCUMULATION, RANKS)}
 
     @property
     def stopped_by(self) -> int | None:
@@ -192,15 +199,13 @@ class ExactResume(Trainer):
             found = Path(wanted)
             if problems := checkpoints.verify(found):
                 raise CheckpointError(f"{found} is not a complete checkpoint: " + "; ".join(problems[:5]))
-        then, now = checkpoints.read_meta(found)["run"], self._fingerprint()
-        changed = [
-            f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in now if json.dumps(then.get(k)) != json.dumps(now[k])
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{found} belongs to another run, and cannot be continued exactly: " + "; ".join(changed)
-            )
+        if reason := self._refusal(checkpoints.read_meta(found)["run"]):
+            raise CheckpointError(f"{found} {reason}")
         return found
+
+    def _refusal(self, then: dict) -> str:
+        """Why this run cannot go on from a checkpoint of a run of that fingerprint; empty where it can."""
+        return refusal(then, self._fingerprint(), self.rows_on_any_ranks())
 
     def _is_finished(self, checkpoint: str) -> bool:
         """Whether the run had taken all its steps; transformers would take one more."""
@@ -247,15 +252,31 @@ class ExactResume(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        prefix = self._state_prefix(Path(checkpoint))
-        if not prefix.parent.exists():
+        folder, run = Path(checkpoint), checkpoints.read_meta(checkpoint)["run"]
+        if not self._state_prefix(folder).parent.exists():
             raise CheckpointError(f"{checkpoint} holds weights only (`save_only_model`): it cannot be resumed")
-        self._restore(load_state(prefix))
+        if run[RANKS] == self.accelerator.num_processes:
+            self._restore(load_state(self._state_prefix(folder)))
+            return
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"{folder.name} was written by {ranks(run)}, this run has {self.accelerator.num_processes}: weights, "
+                f"optimizer, schedule and rollouts in hand are those of the checkpoint; what is drawn from now on "
+                f"(rollouts, dropout) has seeds of its own"
+            )
+        self._restore(
+            self._shared_out([load_state(self._state_prefix(folder, rank)) for rank in range(run[RANKS])], run)
+        )
 
-    def _state_prefix(self, checkpoint: Path) -> Path:
-        """Where this process's state lies: below the model's folder, whose every safetensors file vLLM takes for
-        weights."""
-        return checkpoint / "state" / f"rank-{self.accelerator.process_index}"
+    def _state_prefix(self, checkpoint: Path, rank: int | None = None) -> Path:
+        """Where a process's state lies (this one's): below the model's folder, whose every safetensors file vLLM takes
+        for weights."""
+        return checkpoint / "state" / f"rank-{self.accelerator.process_index if rank is None else rank}"
+
+    def _shared_out(self, states: list[dict], run: dict) -> dict:
+        """This process's state, of those that the processes of `run` kept, which are not as many."""
+        optimizers = [state["optimizer"] for state in states]
+        return {**states[0], "optimizer": shared_optimizer_state(self.optimizer, optimizers), "random": None}
 
     def _restore(self, state: dict) -> None:
         """Put back what `_exact_state` kept; the random states wait for the data loader to be in its place."""
@@ -265,6 +286,10 @@ class ExactResume(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
+            return
+        if self._random_states is None:
+            place = [self.args.seed, self.state.global_step, self.accelerator.process_index]
+            set_seed(int(numpy.random.SeedSequence(place).generate_state(1)[0]))
             return
         random.setstate(self._random_states["python"])
         numpy.random.set_state(self._random_states["numpy"])
@@ -284,7 +309,7 @@ class ExactResume(Trainer):
     def _fingerprint(self) -> dict:
         """What a run must have in common with the one it continues."""
         settings = {key: getattr(self.args, key) for key in self.must_agree}
-        processes = {"num_processes": self.accelerator.num_processes, "engine": engine_name(self.accelerator)}
+        processes = {RANKS: self.accelerator.num_processes, ENGINE: engine_name(self.accelerator)}
         return {**settings, **processes, "data": self.data_hash()}
 
 

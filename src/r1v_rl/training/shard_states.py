@@ -1,11 +1,13 @@
 """What a process of FSDP2 or DeepSpeed keeps in a checkpoint: its own shards, as plain tensors in plain containers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from r1v_rl.errors import CheckpointError
 from r1v_rl.state_files import load_tensors
@@ -39,7 +41,7 @@ def optimizer_state(optimizer: Any, engine: str | None) -> Any:
 def load_optimizer_state(optimizer: Any, state: Any, engine: str | None) -> None:
     """Put back what `optimizer_state` took, on the same number of processes."""
     if engine == "fsdp2":
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = _parameters(optimizer)
         spread = {
             index: {key: _spread(v, parameters[index]) for key, v in values.items()}
             for index, values in state["state"].items()
@@ -59,6 +61,24 @@ def load_optimizer_state(optimizer: Any, state: Any, engine: str | None) -> None
         optimizer.load_state_dict(state)
 
 
+def shared_optimizer_state(optimizer: Any, states: Sequence[dict]) -> dict:
+    """What `load_optimizer_state` takes on this process, of what several (or one) kept under DDP or FSDP2.
+
+    Args:
+        optimizer: Of a process of one, of DDP or of FSDP2.
+        states: What `optimizer_state` gave on each of them, in order; under DDP all are alike.
+
+    Raises:
+        CheckpointError: If shards do not make up a whole weight, as on a mesh that has replicas of them too.
+    """
+    parameters = _parameters(optimizer)
+    shared = {
+        index: {key: _shared([state["state"][index][key] for state in states], parameters[index]) for key in values}
+        for index, values in states[0]["state"].items()
+    }
+    return {**states[0], "state": shared}
+
+
 def adapter_weights(policy: Any, checkpoint: str) -> dict[str, Tensor]:
     """The weights of an adapter in a checkpoint, by their names in the policy.
 
@@ -74,6 +94,26 @@ def adapter_weights(policy: Any, checkpoint: str) -> dict[str, Tensor]:
                 raise CheckpointError(f"{checkpoint}/{_ADAPTER_FILE} holds no `{stored}`, which trains")
             found[name] = saved[stored]
     return found
+
+
+def _parameters(optimizer: Any) -> list:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _shared(values: list, parameter: Any) -> Any:
+    """This process's part of one value of each process: of a weight's shape, or the same on all of them."""
+    whole = values[0]
+    if isinstance(whole, tuple):
+        whole = torch.cat([shard for _, shard in values])
+        if whole.shape != parameter.shape:
+            raise CheckpointError(
+                f"the {len(values)} shards of the optimizer's state make up {list(whole.shape)} of a weight of "
+                f"{list(parameter.shape)}: resume on the number of ranks that wrote them"
+            )
+    if not isinstance(parameter, DTensor) or not isinstance(whole, Tensor) or whole.shape != parameter.shape:
+        return whole
+    whole = whole.to(parameter.device)
+    return "shard", distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 def _spread(value: Any, parameter: Any) -> Any:
