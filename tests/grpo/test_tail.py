@@ -10,7 +10,9 @@ from grpo.tiny_run import ROWS, make_trainer
 from random_vlm import save_random_vlm
 from rollout.fake_server import FakeServer
 
+from r1v_rl.check import stages
 from r1v_rl.data.chat import load_processor
+from r1v_rl.data.dataset import as_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.tail import Asked, Tail
@@ -177,8 +179,15 @@ def test_what_cannot_be_is_refused(tmp_path, keys, message):
 
 
 def test_a_dataset_must_have_the_rows(model, tmp_path, server):
-    with pytest.raises(RecipeError, match="asks for 9 prompts a generation, the dataset has 8 rows: lower it"):
+    """Said by `r1v-rl check`, too."""
+    message = "asks for 9 prompts a generation, the dataset has 8 rows: lower it"
+    with pytest.raises(RecipeError, match=message):
         make(model, tmp_path, server, per_device_train_batch_size=24)
+    args = make(model, tmp_path, server, per_device_train_batch_size=16).args
+    assert stages._rollout_batch(as_examples(TEXTS), args)[0].endswith("2 rollouts an epoch")
+    args.over_provision, args.generation_batch_size = 0.5, 24
+    with pytest.raises(RecipeError, match=message):
+        stages._rollout_batch(as_examples(TEXTS), args)
 
 
 def test_an_engine_that_cannot_stop_is_refused(model, tmp_path, server):
