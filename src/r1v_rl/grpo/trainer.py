@@ -127,8 +127,7 @@ class GRPOTrainer(HeldoutEvaluation):
         self._tail = self._make_tail() if args.over_provision else None
         self._buffer: GenerationBatch | None = None
         self._buffered_generation = -1
-        self._micro_step = 0
-        self._step_seconds = 0.0
+        self._micro_step, self._step_seconds = 0, 0.0
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
