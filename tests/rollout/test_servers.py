@@ -226,7 +226,7 @@ def running(engine) -> list[float]:
 
 # ---- long tails -----------------------------------------------------------------------------------------------------
 
-SHORT, LONG = 6, 120
+SHORT, LONG = 6, 150
 
 
 def odd_rows_are_long(monkeypatch, engine) -> list[tuple]:
@@ -250,7 +250,7 @@ def pieces_of(calls) -> list[dict[tuple[int, ...], list[tuple[int, int, int]]]]:
     for number, (begun, groups) in enumerate(calls):
         now = {}
         for group, before in zip(groups, begun, strict=True):
-            for one, old in zip(group, before or [Completion([], [], "", True)] * 4, strict=True):
+            for one, old in zip(group, before or [Completion([], [], "", True)] * len(group), strict=True):
                 start, end = len(old.token_ids), len(one.token_ids)
                 assert one.token_ids[:start] == old.token_ids and one.logprobs[:start] == old.logprobs
                 more = [(start, end, number)] if end > start else []
