@@ -42,7 +42,9 @@ class Completion:
     is_truncated: bool
     """Whether the length limit, rather than an end token, ended it."""
     weight_version: int | None = None
-    """Number of optimizer steps behind the weights that sampled it; None where nothing trains."""
+    """Number of optimizer steps behind the (oldest) weights that sampled it; None where nothing trains."""
+    is_partial: bool = False
+    """Whether it was stopped before it ended, and waits to be continued: nothing may train on it yet."""
 
 
 @dataclass(slots=True)
@@ -54,4 +56,4 @@ class RolloutGroup:
     """What the model saw: image placeholders expanded to one token per visual token."""
     completions: list[Completion]
     weight_version: int
-    """Number of optimizer steps behind the weights that sampled it."""
+    """Number of optimizer steps behind the (oldest) weights that sampled it."""

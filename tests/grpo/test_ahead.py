@@ -14,7 +14,7 @@ from random_vlm import save_random_vlm
 from transformers import TrainerCallback
 
 from r1v_rl.errors import RecipeError, UserError
-from r1v_rl.grpo.ahead import Ahead, RolloutsAhead, _packed, _unpacked
+from r1v_rl.grpo.ahead import Ahead, RolloutsAhead, packed, unpacked
 from r1v_rl.grpo.batch import score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.rollout.hf import TransformersEngine
@@ -69,7 +69,7 @@ def test_every_generation_has_its_staleness_and_none_is_begun_for_nothing(k, sta
     ahead, found, begun = RolloutsAhead(k), [], []
     for generation in range(7):
         for number in ahead.missing(generation, last=6):
-            ahead.restore(number, [], {"version": generation, "begun": generation, **_packed([])})
+            ahead.restore(number, [], {"version": generation, "begun": generation, **packed([])})
             begun.append(number)
         found.append(generation - ahead.take(generation).version)
     assert found == stale and begun == list(range(7))
@@ -77,7 +77,7 @@ def test_every_generation_has_its_staleness_and_none_is_begun_for_nothing(k, sta
 
 def test_what_is_staler_than_allowed_is_not_trained_on():
     ahead = RolloutsAhead(2)
-    ahead.restore(5, [], {"version": 2, "begun": 2, **_packed([])})
+    ahead.restore(5, [], {"version": 2, "begun": 2, **packed([])})
     with pytest.raises(RuntimeError, match=r"generation 5 was sampled with the weights of generation 2.*\(2\)"):
         ahead.take(5)
 
@@ -85,9 +85,10 @@ def test_what_is_staler_than_allowed_is_not_trained_on():
 def test_completions_come_back_from_a_checkpoint_as_they_were():
     groups = [
         [Completion([5, 6], [-0.1, -1 / 3], "a \\frac", False, 7), Completion([], [], "", True, 7)],
-        [Completion([7], [float("nan")], "b", False, 7)],
+        [Completion([7], [float("nan")], "b", False, 7), Completion([8], [-2.0], "c", True, 5, is_partial=True)],
+        [],
     ]
-    again = _unpacked({"version": 7, **_packed(groups)})
+    again = unpacked(packed(groups))
     assert str(again) == str(groups)
 
 
@@ -204,7 +205,7 @@ def test_what_fails_in_the_background_ends_the_run_and_is_asked_for_again(model,
 def test_what_only_some_processes_have_is_asked_for_again_by_all(model, tmp_path, monkeypatch):
     trainer = ahead_trainer(model, tmp_path)
     monkeypatch.setattr("r1v_rl.grpo.resume.gather_object", lambda mine: [*mine, [4]])
-    state = {n: {"version": 2, "begun": 2, **_packed([])} for n in (3, 4)}
+    state = {n: {"version": 2, "begun": 2, **packed([])} for n in (3, 4)}
     trainer._restore_ahead(trainer._ahead, state)
     assert list(trainer._ahead._begun) == [4]
 

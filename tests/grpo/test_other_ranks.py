@@ -18,8 +18,9 @@ from sft.tiny_sft import make_trainer as sft
 
 from r1v_rl import cli
 from r1v_rl.errors import CheckpointError
-from r1v_rl.grpo.ahead import _packed, _unpacked, shared_ahead
+from r1v_rl.grpo.ahead import packed, shared_ahead, unpacked
 from r1v_rl.grpo.sampler import PromptSampler
+from r1v_rl.grpo.tail import shared_tail
 from r1v_rl.training.other_ranks import refusal
 from r1v_rl.training.shard_states import shared_optimizer_state
 from r1v_rl.types import Completion
@@ -173,14 +174,27 @@ def test_rollouts_ahead_change_hands_by_whole_groups():
     places = {world: [sampler.places(rank, world) for rank in range(world)] for world in (1, 2, 4)}
     groups = [[Completion([p, i], [-0.5, -0.25], str(p), i > 0, 7) for i in range(2)] for p in range(8)]
     states = [
-        {3: {"version": 7, "begun": 2, **_packed([groups[p] for p in mine])}, **({4: {}} if rank == 0 else {})}
+        {3: {"version": 7, "begun": 2, **packed([groups[p] for p in mine])}, **({4: {}} if rank == 0 else {})}
         for rank, mine in enumerate(places[2])
     ]
     for world in (1, 4):
         for mine in places[world]:
             found = shared_ahead(states, places[2], mine)
             assert list(found) == [3], "one that not all ranks have is asked for again"
-            assert found[3]["begun"] == 2 and str(_unpacked(found[3])) == str([groups[p] for p in mine])
+            assert found[3]["begun"] == 2 and str(unpacked(found[3])) == str([groups[p] for p in mine])
+
+
+def test_groups_that_wait_to_be_continued_are_dealt_out():
+    """Some partial, some not begun; every one goes to one rank, with its age."""
+    groups = [[Completion([p], [-0.5], str(p), True, 5, is_partial=True)] * 2 if p % 2 else [] for p in range(5)]
+    cut = [slice(0, 3), slice(3, 5)]
+    states = [{"rows": list(range(5))[s], "carried": [1, 2, 1, 1, 2][s], **packed(groups[s])} for s in cut]
+    for world in (1, 3):
+        shares = [shared_tail(states, rank, world) for rank in range(world)]
+        assert sorted(row for share in shares for row in share["rows"]) == list(range(5))
+        for share in shares:
+            assert str(unpacked(share)) == str([groups[row] for row in share["rows"]])
+            assert share["carried"] == [[1, 2, 1, 1, 2][row] for row in share["rows"]]
 
 
 def test_shards_that_make_no_whole_weight_are_refused():

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,15 +17,24 @@ class FakeServer:
     """Serves on a port of its own until `stop`; `start` again is a restart, with the weights it was born with.
 
     Args:
+        seconds: How long a request for completions, given its body, takes; told to stop meanwhile it returns the first
+            of several completions whole, and of the others the first token.
         wrong: Given path and number of the request on that path, from 0: `hang`, `half`, a status, a text in place of
             the answer, or None where nothing is wrong.
     """
 
-    def __init__(self, wrong: Callable[[str, int], Any] = lambda path, number: None):
-        self.wrong = wrong
+    def __init__(
+        self,
+        wrong: Callable[[str, int], Any] = lambda path, number: None,
+        seconds: Callable[[dict], float] = lambda body: 0.0,
+    ):
+        self.wrong, self.seconds = wrong, seconds
         self.seen: list[str] = []
         """Paths in order; a completion is written with the version that it was made with."""
+        self.bodies: list[dict] = []
+        """Of the requests for completions."""
         self.settings = dict(SETTINGS)
+        self._stopped: dict[str, threading.Event] = defaultdict(threading.Event)
         self.tokens = 0
         self._counts: dict[str, int] = {}
         self._port = 0
@@ -52,6 +62,9 @@ class FakeServer:
         """What vLLM would say, and its headers."""
         if path == "/update_weight_version":
             self.held = body["new_version"]
+        if path == "/abort_requests":
+            for name in body["request_ids"]:
+                self._stopped[name].set()
         if path == GENERATE:
             return self._completions(body), {WEIGHT_VERSION: self.held}
         if path == "/metrics":
@@ -65,13 +78,18 @@ class FakeServer:
         return {"model_config": self.settings}
 
     def _completions(self, body: dict) -> dict:
+        self.bodies.append(body)
+        stopped = self._stopped[f"generate-tokens-{body.get('request_id')}"]
+        was_stopped, count = stopped.wait(self.seconds(body)), body["sampling_params"]["n"]
         self.tokens += 2
         tokens = [{"token": f"token_id:{i}", "logprob": -0.5} for i in (5, 6)]
-        choices = [
-            {"index": i, "token_ids": [5, 6], "logprobs": {"content": tokens}, "finish_reason": "stop"}
-            for i in range(body["sampling_params"]["n"])
-        ]
-        return {"choices": choices, "prompt_token_ids": body["token_ids"]}
+        whole = {"token_ids": [5, 6], "logprobs": {"content": tokens}, "finish_reason": "stop"}
+        part = {"token_ids": [5], "logprobs": {"content": tokens[:1]}, "finish_reason": "abort"}
+        choices = [part if was_stopped and (i or count == 1) else whole for i in range(count)]
+        return {
+            "choices": [{"index": i, **choice} for i, choice in enumerate(choices)],
+            "prompt_token_ids": body["token_ids"],
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):

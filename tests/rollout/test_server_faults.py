@@ -168,6 +168,81 @@ def test_completions_of_unknown_or_older_weights_are_never_trained_on():
     check_versions([[Completion([1], [0.0], "", False, 7)]], 7)
 
 
+# ---- enough before all ----------------------------------------------------------------------------------------------
+
+
+def first(servers: list[FakeServer], count: int, needed: int) -> tuple[list, int, float]:
+    """Replies to `count` prompts of three completions when `needed` are there, how often one was asked for again, and
+    the seconds that it took."""
+
+    async def asked():
+        clients = [ServerClient(server.url, "key", 1.0) for server in servers]
+        dispatch = Dispatch(clients, WEIGHTS.version, first=0, watch=lambda: None, timeout_s=30.0, patience_s=30.0)
+        sampling = {"n": 3}
+        bodies = [{"token_ids": [1, 2, i], "sampling_params": sampling, "request_id": f"r{i}"} for i in range(count)]
+        try:
+            started = time.monotonic()
+            replies = await dispatch.first(bodies, ["row"] * count, lambda answered: len(answered) >= needed)
+            return replies, dispatch.retries, time.monotonic() - started
+        finally:
+            for client in clients:
+                await client.close()
+
+    return asyncio.run(asked())
+
+
+def slow(*numbers):
+    """Those prompts take half a minute."""
+    return lambda body: 30.0 if body["token_ids"][-1] in numbers else 0.0
+
+
+def test_what_is_not_waited_for_is_stopped_and_comes_back_in_part(servers):
+    for server in servers(None, None):
+        server.seconds = slow(1, 4)
+    replies, retries, seconds = first(servers(), 6, 4)
+    assert seconds < 6 and not retries
+    assert [reply.stopped for reply in replies] == [[False, i in (1, 4), i in (1, 4)] for i in range(6)]
+    assert [[len(ids) for ids, _ in reply.samples] for reply in (replies[1], replies[4])] == [[2, 1, 1]] * 2
+    assert sum(path == "/abort_requests" for server in servers() for path in server.seen) >= 2
+
+
+def test_a_server_that_does_not_stop_is_left_with_its_connection(servers, monkeypatch):
+    monkeypatch.setattr("r1v_rl.rollout.dispatch._STOP_S", 0.5)
+    for server in servers(always("hang", "/abort_requests"), None):
+        server.seconds = slow(0, 1)
+    replies, _, seconds = first(servers(), 4, 2)
+    assert seconds < 8 and [reply is None for reply in replies] in (
+        [True, False, *[False] * 2],
+        [False, True, *[False] * 2],
+    )
+
+
+def test_what_no_server_has_room_for_is_not_begun(servers, monkeypatch):
+    monkeypatch.setattr("r1v_rl.rollout.dispatch._AT_ONCE", 6)
+    (server,) = servers(None)
+    server.seconds = slow(1)
+    replies, _, _ = first([server], 4, 1)
+    assert replies[0].stopped == [False] * 3 and replies[1].stopped == [False, True, True]
+    assert {body["token_ids"][-1] for body in server.bodies} == {0, 1} and replies[2:] == [None, None]
+
+
+def test_completions_that_ended_unasked_are_asked_for_again(servers):
+    """As when somebody else stops a server's requests."""
+    (server,) = servers(None)
+    for name in ("r0", "r1"):
+        server._stopped[f"generate-tokens-{name}"].set()
+    answer, aborted = server._completions, server._stopped
+
+    def once_in_part(body):
+        found = answer(body)
+        aborted[f"generate-tokens-{body['request_id']}"].clear()
+        return found
+
+    server._completions = once_in_part
+    replies, retries, _ = first([server], 2, 2)
+    assert retries == 2 and [reply.stopped for reply in replies] == [[False] * 3] * 2
+
+
 # ---- the keeper -----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from r1v_rl.rollout.prompts import encode_prompt, placeholder_ids
 from r1v_rl.rollout.server_client import ServerClient
 from r1v_rl.rollout.server_side import _tensors
 from r1v_rl.tracking.metrics import read_metrics
+from r1v_rl.types import Completion
 
 SERVERS = {
     "use_vllm": True, "vllm_mode": "server", "vllm_num_servers": 2, "vllm_kv_cache_memory_bytes": 2**27,
@@ -67,6 +69,12 @@ def get(url: str, key: str | None = None, method: str = "GET") -> tuple[int, byt
         return error.code, b""
 
 
+def counted(engine, *names: str) -> list[float]:
+    """Sums of each server's metrics that begin so."""
+    texts = [get(f"{url}/metrics", engine._key)[1].decode() for url in engine._urls]
+    return [sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(names)) for text in texts]
+
+
 def prompts_of(trainer):
     examples = examples_from_rows(ROWS[:4], images_without_marks="prepend", answer_required=False)
     return [encode_prompt(trainer.processing_class, example, device="cpu") for example in examples]
@@ -91,11 +99,7 @@ def test_logprobs_are_the_policys_after_every_update(trainer):
 
 def test_two_servers_split_the_work(trainer):
     assert logged(trainer, "rollout/servers") == [2.0] * 12 and set(logged(trainer, "rollout/retries")) == {0.0}
-    texts = [get(f"{url}/metrics", trainer.engine._key)[1].decode() for url in trainer.engine._urls]
-    done = [
-        sum(float(x.split()[-1]) for x in t.splitlines() if x.startswith("vllm:generation_tokens_total{"))
-        for t in texts
-    ]
+    done = counted(trainer.engine, "vllm:generation_tokens_total{")
     assert min(done) > 0.3 * sum(done)
 
 
@@ -229,15 +233,122 @@ def test_a_run_that_fails_leaves_the_servers_nothing_to_do(trainer, model, tmp_p
     with pytest.raises(ZeroDivisionError):
         failing.train()
     assert not [thread for thread in threading.enumerate() if thread.name == "rollouts ahead"]
-    engine, until = trainer.engine, time.monotonic() + 60
-
-    def running() -> list[str]:
-        texts = [get(f"{url}/metrics", engine._key)[1].decode() for url in engine._urls]
-        return [line.split()[-1] for text in texts for line in text.splitlines() if "num_requests_running{" in line]
-
-    while set(running()) != {"0.0"} and time.monotonic() < until:
+    until = time.monotonic() + 60
+    while set(running(trainer.engine)) != {0.0} and time.monotonic() < until:
         time.sleep(0.2)
-    assert running() == ["0.0", "0.0"]
+    assert running(trainer.engine) == [0.0, 0.0]
+
+
+def running(engine) -> list[float]:
+    """Completions that each server is at or has waiting."""
+    return counted(engine, "vllm:num_requests_running{", "vllm:num_requests_waiting{")
+
+
+# ---- long tails -----------------------------------------------------------------------------------------------------
+
+SHORT, LONG = 6, 150
+
+
+def odd_rows_are_long(monkeypatch, engine) -> list[tuple]:
+    """What `generate_first` is given, and returns; every completion is as long as its row's number says."""
+    calls, generate_first = [], engine.generate_first
+    bans = {"logit_bias": dict.fromkeys([*engine._banned, *engine._eos], -100.0)}
+
+    def with_limits(prompts, sampling, **told):
+        limits = [LONG if int(prompt.example.id[-1]) % 2 else SHORT for prompt in prompts]
+        groups = generate_first(prompts, replace(sampling, max_tokens=limits, extra=bans), **told)
+        calls.append((told["begun"], groups))
+        return groups
+
+    monkeypatch.setattr(engine, "generate_first", with_limits)
+    return calls
+
+
+def pieces_of(calls) -> list[dict[tuple[int, ...], list[tuple[int, int, int]]]]:
+    """Of every completion after each call, by its tokens: (first token, last + 1, call) of what one call sampled."""
+    found = [{(): []}]
+    for number, (begun, groups) in enumerate(calls):
+        now = {}
+        for group, before in zip(groups, begun, strict=True):
+            for one, old in zip(group, before or [Completion([], [], "", True)] * len(group), strict=True):
+                start, end = len(old.token_ids), len(one.token_ids)
+                assert one.token_ids[:start] == old.token_ids and one.logprobs[:start] == old.logprobs
+                more = [(start, end, number)] if end > start else []
+                now[tuple(one.token_ids)] = found[-1][tuple(old.token_ids)] + more
+        found.append({(): [], **now})
+    return found[1:]
+
+
+def test_continued_completions_have_the_logprobs_of_the_policies_that_sampled_them(
+    trainer, model, tmp_path, monkeypatch
+):
+    """Four groups asked for, two taken, the others carried over at most twice."""
+    calls, watch, batches = odd_rows_are_long(monkeypatch, trainer.engine), Watch(), []
+    keys = {**SERVERS, "max_completion_length": LONG, "over_provision": 1.0, "partial_rollouts": 2}
+    tail = make_trainer(model, tmp_path, max_steps=6, **keys)
+    tail._engine, rollout = trainer.engine, tail._rollout
+    tail.add_callback(watch)
+    monkeypatch.setattr(tail, "_rollout", lambda generation: batches.append(rollout(generation)) or batches[-1])
+    tail.train()
+    several, off = 0, []
+    for step, (batch, pieces) in enumerate(zip(batches, pieces_of(calls), strict=True)):
+        assert [len(ids) for ids in batch.completion_ids] == [
+            LONG if row % 2 else SHORT for row in batch.rows for _ in range(4)
+        ]
+        rows = [pieces[tuple(ids)] for ids in batch.completion_ids]
+        versions = {version for row in rows for *_, version in row}
+        assert batch.weight_version == min(versions) >= step - 2 and logged(tail, "staleness/max")[step] <= 2
+        several += sum(len(row) > 1 for row in rows)
+        for version in versions:
+            tail.model.load_state_dict(watch.weights[version])
+            with torch.no_grad():
+                inputs = tail._model_inputs(batch, range(8))
+                logprobs, _ = score(tail.model, inputs)
+            for row, mask, all_of_it, sampled in zip(
+                rows, inputs.token_mask, logprobs, batch.sampler_logprobs, strict=True
+            ):
+                for start, end, of in row:
+                    difference = (all_of_it[mask] - sampled)[start:end].abs().max()
+                    off += [] if of == version else [difference]
+                    assert of != version or difference <= 1e-4
+    assert several and min(off) > 1e-3, "no completion is of several policies, or they are the same"
+    assert max(logged(tail, "rollout/resumed")) > 0 and set(logged(tail, "rollout/dropped")[:-1]) == {0.0}
+    assert running(trainer.engine) == [0.0, 0.0]
+
+
+async def not_told(client, request_ids, *, timeout_s):
+    pass
+
+
+@pytest.mark.parametrize("way", ["told", "closed"])
+def test_what_is_not_needed_is_gone_at_the_servers(trainer, monkeypatch, way):
+    """Told to stop they return what there is; where they are not, the closed connections do it."""
+
+    def tokens_done() -> float:
+        return sum(counted(trainer.engine, "vllm:generation_tokens_total{"))
+
+    odd_rows_are_long(monkeypatch, trainer.engine)
+    trainer._engine_version = None
+    trainer._sync_engine()
+    if way == "closed":
+        monkeypatch.setattr("r1v_rl.rollout.dispatch._STOP_S", 0.2)
+        monkeypatch.setattr(ServerClient, "stop", not_told)
+    prompts, sampling, before = prompts_of(trainer), Sampling(4, LONG), tokens_done()
+    groups = trainer.engine.generate_first(
+        prompts, sampling, seed=3, begun=[[]] * 4, enough=lambda whole: len(whole) >= 2
+    )
+    left = running(trainer.engine)  # at once
+    assert [[len(c.token_ids) for c in group] for group in (groups[0], groups[2])] == [[SHORT] * 4] * 2
+    if way == "told":
+        assert left == [0.0, 0.0]
+        assert all(c.is_partial and len(c.logprobs) == len(c.token_ids) < LONG for c in groups[1] + groups[3])
+    else:
+        assert groups[1] == groups[3] == []
+        until = time.monotonic() + 60
+        while set(running(trainer.engine)) != {0.0} and time.monotonic() < until:
+            time.sleep(0.05)
+    assert running(trainer.engine) == [0.0, 0.0]
+    assert tokens_done() - before < 8 * LONG, "they were sampled to their end"
 
 
 def test_a_stopped_server_is_left_out_and_replaced(trainer, monkeypatch):

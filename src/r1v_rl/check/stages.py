@@ -24,6 +24,7 @@ from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.preflight import context_of, how_prompts_run, longest_prompt, try_rewards
 from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import PromptSampler
+from r1v_rl.grpo.tail import Tail
 from r1v_rl.models.compose import language_model_type
 from r1v_rl.models.encoders import encoder_type
 from r1v_rl.models.families import check_family
@@ -338,6 +339,8 @@ def _rollout_batch(examples: Sequence[Example] | None, train: GRPOConfig) -> tup
         shuffle=bool(train.shuffle_dataset),
         seed=train.seed,
     )
+    if train.over_provision:
+        Tail(num_prompts, train.over_provision, train.partial_rollouts).check(sampler, world=1)
     return f"{line}, {sampler.generations_per_epoch} rollouts an epoch", None
 
 

@@ -125,12 +125,12 @@ class RolloutsAhead:
         """Every sampled generation by its number, waited for; one that failed is left out, and asked for again."""
         self.wait()
         done = {n: ahead for n, ahead in self._begun.items() if ahead.answer.exception() is None}
-        return {n: {"version": a.version, "begun": a.begun, **_packed(a.answer.result()[0])} for n, a in done.items()}
+        return {n: {"version": a.version, "begun": a.begun, **packed(a.answer.result()[0])} for n, a in done.items()}
 
     def restore(self, generation: int, prompts: list[EncodedPrompt], state: dict[str, Any]) -> None:
         """Put back a generation of `state`."""
         answer: Future = Future()
-        answer.set_result((_unpacked(state), {}))
+        answer.set_result((unpacked(state), {}))
         self._begun[generation] = Ahead(prompts, state["version"], state["begun"], answer)
 
     # ---- in the background ------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def shared_ahead(
     found = {}
     for number in sorted(set.intersection(*map(set, states))):
         parts = [state[number] for state in states]
-        groups = chosen([_unpacked(part) for part in parts], places, wanted)
-        found[number] = {"version": parts[0]["version"], "begun": parts[0]["begun"], **_packed(groups)}
+        groups = chosen([unpacked(part) for part in parts], places, wanted)
+        found[number] = {"version": parts[0]["version"], "begun": parts[0]["begun"], **packed(groups)}
     return found
 
 
@@ -165,7 +165,8 @@ async def _cancel_all() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _packed(groups: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+def packed(groups: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+    """Groups as a checkpoint takes them."""
     completions = [completion for group in groups for completion in group]
     return {
         "groups": [len(group) for group in groups],
@@ -174,11 +175,14 @@ def _packed(groups: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         "logprobs": torch.tensor([value for c in completions for value in c.logprobs], dtype=torch.float64),
         "texts": [c.text for c in completions],
         "truncated": [c.is_truncated for c in completions],
+        "versions": [c.weight_version for c in completions],
+        "partial": [c.is_partial for c in completions],
     }
 
 
-def _unpacked(state: dict[str, Any]) -> list[list[Completion]]:
+def unpacked(state: dict[str, Any]) -> list[list[Completion]]:
+    """What `packed` was given."""
     ids, logprobs = (state[name].split(state["lengths"]) for name in ("token_ids", "logprobs"))
-    rows = zip(ids, logprobs, state["texts"], state["truncated"], strict=True)
-    completions = iter([Completion(i.tolist(), p.tolist(), t, cut, state["version"]) for i, p, t, cut in rows])
+    rows = zip(ids, logprobs, *(state[name] for name in ("texts", "truncated", "versions", "partial")), strict=True)
+    completions = iter([Completion(i.tolist(), p.tolist(), *row) for i, p, *row in rows])
     return [[next(completions) for _ in range(count)] for count in state["groups"]]

@@ -124,6 +124,23 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
             "corrected token by token (`vllm_importance_sampling_mode`). 0 = on policy."
         },
     )
+    over_provision: float = field(
+        default=0.0,
+        metadata={
+            "help": "Groups to ask rollout servers (`vllm_mode: server`) for beyond those that a generation takes, as "
+            "a share of them, at most 1: the first whole ones are taken, so that long completions do not hold up the "
+            "step, and the others are stopped. What is trained on is shorter than what the policy would write, unless "
+            "`partial_rollouts` is set. 0 = off."
+        },
+    )
+    partial_rollouts: int = field(
+        default=0,
+        metadata={
+            "help": "Generations that a group left by `over_provision` may be carried over: its completions are "
+            "continued with newer weights, and the loss is corrected token by token "
+            "(`vllm_importance_sampling_mode`). 0 = it is thrown away."
+        },
+    )
     dynamic_sampling: int = field(
         default=0,
         metadata={
@@ -227,6 +244,7 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
                 "in the training process have its one device."
             )
         self._check_staleness()
+        self._check_tail()
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"`loss_type` must be one of {', '.join(LOSS_TYPES)}, not `{self.loss_type}`.")
         if self.importance_sampling_level not in ("token", "sequence"):
@@ -274,6 +292,40 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
             raise RecipeError(
                 f"`max_staleness` ({self.max_staleness}) samples with older weights than it trains, which the loss "
                 "must correct: set `vllm_importance_sampling_correction: true`."
+            )
+
+    def _check_tail(self) -> None:
+        more, carried = self.over_provision, self.partial_rollouts
+        if not 0.0 <= more <= 1.0 or carried < 0:
+            raise RecipeError(
+                f"`over_provision` must be from 0 to 1, `partial_rollouts` 0 or more; received {more} and {carried}."
+            )
+        if carried and not more:
+            raise RecipeError(
+                f"`partial_rollouts` ({carried}) continues what a generation does not take: set `over_provision` above "
+                "0, such as 0.25, or `partial_rollouts: 0`."
+            )
+        if more and not (self.use_vllm and self.vllm_mode == "server"):
+            raise RecipeError(
+                f"`over_provision` ({more}) needs completions that can be stopped: set `use_vllm: true` and "
+                "`vllm_mode: server`, or `over_provision: 0`."
+            )
+        for key in ("max_staleness", "dynamic_sampling"):
+            if more and getattr(self, key):
+                raise RecipeError(
+                    f"`over_provision` ({more}) and `{key}` ({getattr(self, key)}) exclude each other: set one of them "
+                    "to 0."
+                )
+        if carried and not self.vllm_importance_sampling_correction:
+            raise RecipeError(
+                f"`partial_rollouts` ({carried}) trains on tokens of older weights, which the loss must correct: set "
+                "`vllm_importance_sampling_correction: true`."
+            )
+        counting = {"presence_penalty", "frequency_penalty"} & set(self.generation_kwargs or {})
+        if carried and counting:
+            raise RecipeError(
+                f"`generation_kwargs` has {', '.join(sorted(counting))}, which counts a completion's own tokens, and "
+                "of one that is continued only the new ones: remove it, or set `partial_rollouts: 0`."
             )
 
 

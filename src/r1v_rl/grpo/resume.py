@@ -15,6 +15,7 @@ from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
 from r1v_rl.grpo.sampler import MicroSteps, PromptSampler, chosen
+from r1v_rl.grpo.tail import Tail, shared_tail
 from r1v_rl.models.families import token_positions
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.tracking.completions import RolloutStore
@@ -27,6 +28,7 @@ _MUST_AGREE = (
     "num_iterations", "max_completion_length", "temperature", "loss_type", "beta", "seed", "data_seed",
     "shuffle_dataset", "trainable", "learning_rate", "optim", "use_vllm",
     "share_prefix", "skip_zero_advantage", "max_staleness", "dynamic_sampling",
+    "over_provision", "partial_rollouts",
 )  # fmt: skip
 
 
@@ -42,6 +44,7 @@ class GRPOResume(ExactResume):
     ref_model: Any
     rollout_store: RolloutStore | None
     _ahead: RolloutsAhead | None
+    _tail: Tail | None
     _buffer: GenerationBatch | None
     _buffered_generation: int
     _micro_step: int
@@ -62,6 +65,7 @@ class GRPOResume(ExactResume):
             "num_tokens": self.metrics.num_tokens,
             "buffer": self._buffer_state(),
             "ahead": self._ahead.state() if self._ahead is not None else {},
+            "tail": self._tail.state() if self._tail is not None else None,
             "reference": dict(self.ref_model.state_dict()) if self.args.sync_ref_model else None,
         }
 
@@ -97,6 +101,8 @@ class GRPOResume(ExactResume):
             self._restore_buffer(state["buffer"])
         if self._ahead is not None:
             self._restore_ahead(self._ahead, state["ahead"])
+        if self._tail is not None:
+            self._tail.restore(state["tail"], lambda rows: self._encode([self.train_examples[i] for i in rows]))
 
     def _restore_buffer(self, state: dict) -> None:
         prompts = self._encode([self.train_examples[i] for i in state["fields"]["rows"]])
@@ -145,6 +151,7 @@ class GRPOResume(ExactResume):
             "micro_step": rows // (self.args.per_device_train_batch_size * world),
             "buffer": _shared_buffer([state["buffer"] for state in states], places, mine, world),
             "ahead": shared_ahead([state["ahead"] for state in states], places, mine),
+            "tail": shared_tail([state["tail"] for state in states], rank, world) if self._tail is not None else None,
         }
 
     # ---- what the run is made of ----------------------------------------------------------------------------------

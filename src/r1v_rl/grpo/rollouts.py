@@ -1,4 +1,5 @@
-"""The groups of a generation: sampled on policy or ahead of it, and replaced where they have nothing to teach."""
+"""The groups of a generation: sampled on policy or ahead of it, the first whole ones of more that were asked for, and
+replaced where they have nothing to teach."""
 
 import itertools
 import time
@@ -12,8 +13,9 @@ from r1v_rl.grpo.policy import check_versions, make_engine
 from r1v_rl.grpo.resume import GRPOResume
 from r1v_rl.grpo.rewards import Rewarded, RewardStage
 from r1v_rl.grpo.sampler import generation_seed
+from r1v_rl.grpo.tail import Tail
 from r1v_rl.grpo.verdicts import EarlyVerdicts
-from r1v_rl.rollout.engine import BackgroundEngine, OnGroup, RolloutEngine, Sampling
+from r1v_rl.rollout.engine import BackgroundEngine, OnGroup, PartialEngine, RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.types import Completion, Example, RolloutGroup
 
@@ -77,6 +79,8 @@ class GroupRollouts(GRPOResume):
         """The groups of one generation; with `max_staleness` they were begun earlier, and later ones are begun now."""
         if self._ahead is not None:
             return self._sampled_ahead(generation)
+        if self._tail is not None:
+            return self._sampled_first(self._tail, generation)
         rows = self._rows(generation)
         with self.metrics.timed("encode"):
             prompts = self._encode([self.train_examples[i] for i in rows])
@@ -107,14 +111,16 @@ class GroupRollouts(GRPOResume):
     def _rows(self, generation: int) -> list[int]:
         return self.sampler.prompts(generation, self.accelerator.process_index, self.accelerator.num_processes)
 
+    def _last_generation(self) -> int:
+        micro_steps = self.state.max_steps * self.args.gradient_accumulation_steps
+        return (micro_steps - 1) // self.sampler.micro_steps_per_generation
+
     # ---- ahead of the trainer ---------------------------------------------------------------------------------------
 
     def _sampled_ahead(self, generation: int) -> Rollouts:
         assert self._ahead is not None
-        micro_steps = self.state.max_steps * self.args.gradient_accumulation_steps
-        last = (micro_steps - 1) // self.sampler.micro_steps_per_generation
         waited_s = 0.0
-        if missing := self._ahead.missing(generation, last):
+        if missing := self._ahead.missing(generation, self._last_generation()):
             with self.metrics.timed("encode"):
                 encoded = {n: self._encode([self.train_examples[i] for i in self._rows(n)]) for n in missing}
             started = time.perf_counter()
@@ -141,6 +147,44 @@ class GroupRollouts(GRPOResume):
         check_versions(completions, ahead.version)
         groups = _groups(ahead.prompts, completions, ahead.version)
         return Rollouts(self._rows(generation), ahead.prompts, groups, ahead.early)
+
+    # ---- long tails -------------------------------------------------------------------------------------------------
+
+    def _make_tail(self) -> Tail:
+        world = self.accelerator.num_processes
+        tail = Tail(self.sampler.prompts_per_generation // world, self.args.over_provision, self.args.partial_rollouts)
+        tail.check(self.sampler, world)
+        return tail
+
+    def _sampled_first(self, tail: Tail, generation: int) -> Rollouts:
+        """The groups that are whole first; every process has its own."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = tail.fresh_rows(self._rows(generation), self.sampler.spare(generation, rank, world))
+        with self.metrics.timed("encode"):
+            asked = tail.ask(rows, self._encode([self.train_examples[i] for i in rows]))
+        with self.metrics.timed("sync"):
+            self._sync_engine()
+        if not isinstance(self.engine, PartialEngine):
+            raise RecipeError(
+                f"`over_provision` needs rollout servers (`vllm_mode: server`), this engine "
+                f"({type(self.engine).__name__}) cannot be stopped"
+            )
+        with self.metrics.timed("generate"):
+            found = self.engine.generate_first(
+                [one.prompt for one in asked],
+                self._sampling(),
+                seed=generation_seed(self.args.seed, generation, rank),
+                begun=[one.completions for one in asked],
+                enough=tail.enough(asked),
+            )
+        step = self.state.global_step
+        check_versions([group for group, one in zip(found, asked, strict=True) if not one.carried], step)
+        for one, completions in zip(asked, found, strict=True):
+            one.completions = completions
+        taken, metrics = tail.take(asked, is_last=generation == self._last_generation())
+        self.metrics.add_all({**getattr(self.engine, "metrics", {}), **metrics})
+        prompts = [one.prompt for one in taken]
+        return Rollouts([one.row for one in taken], prompts, _groups(prompts, [one.completions for one in taken], step))
 
     # ---- dynamic sampling -------------------------------------------------------------------------------------------
 
@@ -181,11 +225,13 @@ def differs(rewards: torch.Tensor) -> bool:
 
 
 def _groups(prompts: Sequence[EncodedPrompt], completions: Sequence[list], version: int) -> list[RolloutGroup]:
+    """Args: `version` of the weights that sampled them; a completion may say that it began with older ones."""
     return [_group(prompt, own, version) for prompt, own in zip(prompts, completions, strict=True)]
 
 
 def _group(prompt: EncodedPrompt, completions: list[Completion], version: int) -> RolloutGroup:
-    return RolloutGroup(prompt.example, prompt.prompt_ids, completions, version)
+    oldest = min([version, *(c.weight_version for c in completions if c.weight_version is not None)])
+    return RolloutGroup(prompt.example, prompt.prompt_ids, completions, oldest)
 
 
 def _heard(early: EarlyVerdicts | None, prompts: Sequence[EncodedPrompt], version: int) -> dict[str, OnGroup]:

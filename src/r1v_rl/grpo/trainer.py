@@ -118,10 +118,10 @@ class GRPOTrainer(HeldoutEvaluation):
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._engine, self._engine_version = engine, None
         self._ahead = RolloutsAhead(args.max_staleness) if args.max_staleness else None
+        self._tail = self._make_tail() if args.over_provision else None
         self._buffer: GenerationBatch | None = None
         self._buffered_generation = -1
-        self._micro_step = 0
-        self._step_seconds = 0.0
+        self._micro_step, self._step_seconds = 0, 0.0
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class GRPOTrainer(HeldoutEvaluation):
         with self.metrics.timed("score"):
             self._score_old_and_reference(batch)
         self.metrics.add_rollout(rollouts.groups, rewarded)
-        if self._ahead is not None:
+        if self._ahead is not None or self.args.partial_rollouts:
             self.metrics.add_staleness(rollouts.groups, self.state.global_step)
         records = completion_records(rollouts.prompts, rollouts.groups, rewarded)
         if self.rollout_store is not None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -18,6 +18,8 @@ _TRIES_OF_A_HANG = 2
 """Of one prompt, and what it counts that a server hung over it."""
 _AT_ONCE = 512
 """Completions in hand at one server; others wait here, for whichever server is free first."""
+_STOP_S, _STOP_AGAIN_S = 5.0, 0.2
+"""How long what was stopped is waited for, and when it is told again."""
 
 
 @dataclass(slots=True)
@@ -29,6 +31,8 @@ class _Worker:
     in_hand: int = 0
     """Completions."""
     requests: set[asyncio.Task] = field(default_factory=set)
+    asked: dict[int, asyncio.Task] = field(default_factory=dict)
+    """Those of them that it has in hand, by the number of their prompt."""
     tokens: float = -1.0
     since: float = field(default_factory=time.monotonic)
     """When it last got further, or was lost."""
@@ -68,6 +72,7 @@ class Dispatch:
         self._tries: dict[int, int] = {}
         self._news = asyncio.Event()
         self._error: BaseException | None = None
+        self._stopping = False
         self.retries = 0
 
     async def all(
@@ -81,13 +86,27 @@ class Dispatch:
         Raises:
             UserError: If no server is left, or one prompt fails again and again.
         """
-        self._rows, self._on_reply = rows, on_reply
+        self._on_reply = on_reply
+        await self._run(bodies, rows, lambda answered: len(answered) == len(bodies))
+        return [self._replies[number] for number in range(len(bodies))]
+
+    async def first(
+        self, bodies: Sequence[dict], rows: Sequence[str], enough: Callable[[Set[int]], bool]
+    ) -> list[Reply | None]:
+        """As `all`, until `enough` says of the numbers answered so far that no more are needed. The others are stopped:
+        of some completions there is a part then (`Reply.stopped`), and nothing of what no server had begun or what did
+        not come back within seconds."""
+        await self._run(bodies, rows, enough)
+        return [self._replies.get(number) for number in range(len(bodies))]
+
+    async def _run(self, bodies: Sequence[dict], rows: Sequence[str], enough: Callable[[Set[int]], bool]) -> None:
+        self._rows = rows
         self._todo.extend(range(len(bodies)))
         attending = [asyncio.create_task(self._attend(worker)) for worker in self._workers]
         looks = [asyncio.create_task(worker.answered.wait()) for worker in self._workers]
         try:
             await asyncio.wait(looks, timeout=_FIRST_LOOK_S)
-            while len(self._replies) < len(bodies):
+            while not enough(self._replies.keys()):
                 self._send(bodies)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), _LOOK_S)
@@ -96,12 +115,12 @@ class Dispatch:
                 if self._error is not None:
                     raise self._error
                 self._give_up_where_none_is_left()
+            await self._stop(bodies)
         finally:
             tasks = [*attending, *looks, *(task for worker in self._workers for task in worker.requests)]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return [self._replies[number] for number in range(len(bodies))]
 
     @property
     def num_ready(self) -> int:
@@ -119,7 +138,19 @@ class Dispatch:
             worker.in_hand += bodies[number]["sampling_params"]["n"]
             task = asyncio.create_task(self._ask(worker, number, bodies[number]))
             worker.requests.add(task)
+            worker.asked[number] = task
             task.add_done_callback(worker.requests.discard)
+
+    async def _stop(self, bodies: Sequence[dict]) -> None:
+        """What the servers have in hand ends as it is; what does not come back is given up with its connection."""
+        self._stopping, until = True, time.monotonic() + _STOP_S
+        while (busy := [w for w in self._workers if w.asked]) and time.monotonic() < until:
+            told = [w.client.stop([bodies[n]["request_id"] for n in w.asked], timeout_s=_STOP_S) for w in busy]
+            for failed in await asyncio.gather(*told, return_exceptions=True):
+                if failed is not None and not isinstance(failed, ServerFault):
+                    raise failed
+            if left := [task for worker in busy for task in worker.asked.values()]:
+                await asyncio.wait(left, timeout=_STOP_AGAIN_S)
 
     async def _ask(self, worker: _Worker, number: int, body: dict) -> None:
         try:
@@ -128,12 +159,18 @@ class Dispatch:
                 raise ServerFault(
                     f"it answered with other weights ({reply.weight_version or 'changing'})", answers=True
                 )
+            if any(reply.stopped) and not self._stopping:
+                raise ServerFault("it ended completions before their time", answers=True)
             self._replies[number] = reply
             if self._on_reply is not None:
                 self._on_reply(number, reply)
         except ServerFault as fault:
-            await self._again(worker, number, fault)
+            del worker.asked[number]
+            if not self._stopping:
+                await self._again(worker, number, fault)
         except asyncio.CancelledError:  # its server was given up
+            if self._stopping:
+                raise
             hangs = worker.fault is not None and worker.fault.answers
             self._failed(worker, number, worker.fault, tries=_TRIES_OF_A_HANG if hangs else 1)
             self._todo.appendleft(number)
@@ -141,6 +178,7 @@ class Dispatch:
         except Exception as error:
             self._error = error
         finally:
+            worker.asked.pop(number, None)
             worker.in_hand -= body["sampling_params"]["n"]
             self._news.set()
 

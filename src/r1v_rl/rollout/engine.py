@@ -1,6 +1,6 @@
 """What a rollout engine is: something that samples completions of prompts, with weights it is given."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,6 +79,30 @@ class BackgroundEngine(RolloutEngine, Protocol):
         self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """As `generate`; gives up what it has in hand when it is cancelled. No weights may be synced meanwhile."""
+        ...
+
+
+@runtime_checkable
+class PartialEngine(RolloutEngine, Protocol):
+    """One that can be told to stop, and to go on with what it had."""
+
+    def generate_first(
+        self,
+        prompts: list[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        begun: Sequence[Sequence[Completion]],
+        enough: Callable[[Set[int]], bool],
+    ) -> list[list[Completion]]:
+        """As `generate`, until `enough` says of the places of the groups that are whole that no more are needed.
+
+        Args:
+            begun: What there is of each group: an empty row, or all its completions, some of them partial.
+
+        Returns:
+            The same of all groups, one that was not got to as it was.
+        """
         ...
 
 

@@ -42,6 +42,8 @@ class Reply:
     """Token ids and log-probabilities of each completion."""
     prompt_logprobs: list[dict[str, dict] | None] | None
     weight_version: str
+    stopped: list[bool]
+    """Of each completion: whether the server was told to end it before it was whole."""
 
 
 class ServerClient:
@@ -102,14 +104,23 @@ class ServerClient:
         response = await self._send("POST", GENERATE, json=body, timeout=timeout)
         try:
             content = response.json()
-            samples = [_sample(choice) for choice in sorted(content["choices"], key=lambda choice: choice["index"])]
+            choices = sorted(content["choices"], key=lambda choice: choice["index"])
+            samples = [_sample(choice) for choice in choices]
+            stopped = [choice["finish_reason"] == "abort" for choice in choices]
             prompt_ids = [int(token) for token in content["prompt_token_ids"]]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ServerFault(f"its reply is no completion ({error!r})", answers=True) from error
         if len(samples) != body["sampling_params"]["n"]:
             raise ServerFault(f"it sent {len(samples)} completions in place of those asked for", answers=True)
         version = response.headers.get(WEIGHT_VERSION, "")
-        return Reply(prompt_ids, samples, content.get("prompt_logprobs"), version)
+        return Reply(prompt_ids, samples, content.get("prompt_logprobs"), version, stopped)
+
+    async def stop(self, request_ids: Sequence[str], *, timeout_s: float) -> None:
+        """Have `generate` of these requests (`request_id` of their bodies) return what there is of their completions.
+        One that the server does not know yet goes on."""
+        assert request_ids, "no name stands for all"
+        names = [f"generate-tokens-{name}" for name in request_ids]
+        await self._send("POST", "/abort_requests", json={"request_ids": names}, timeout=timeout_s)
 
     async def _json(self, method: str, path: str, **request: Any) -> dict:
         response = await self._send(method, path, **request)

@@ -7,12 +7,12 @@ import os
 import secrets
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.models.parts import PARTS
 from r1v_rl.rollout.dispatch import Dispatch
 from r1v_rl.rollout.engine import OnGroup, Sampling
+from r1v_rl.rollout.partial import Wanted, put_back, wanted, whole_groups
 from r1v_rl.rollout.prompts import EncodedPrompt
 from r1v_rl.rollout.server_client import Reply, ServerClient, picture_part
 from r1v_rl.rollout.server_keeper import Server, ServerKeeper, Weights
@@ -34,6 +35,7 @@ from r1v_rl.scoring.loader import run_async
 from r1v_rl.types import Completion
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -150,23 +152,42 @@ class ServerEngine:
         self, prompts: list[EncodedPrompt], sampling: Sampling, *, seed: int, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """The same as a coroutine, for another thread's event loop."""
-        bodies = [
-            self._body(prompt, {**sampling_parameters(sampling, *limits, self._banned), "seed": _seed(seed, i)})
-            for i, (prompt, limits) in enumerate(zip(prompts, sampling.limits(len(prompts)), strict=True))
-        ]
         weights = self._weights
         assert weights is not None, "sync first"
+        asked = [Wanted(group) for group in range(len(prompts))]
+        bodies, rows = self._bodies(prompts, sampling, seed, asked), [prompt.example.id for prompt in prompts]
         groups: dict[int, list[Completion]] = {}
 
         def finished(number: int, reply: Reply) -> None:
-            check_prompt(prompts[number], reply.prompt_ids)
-            samples = reply.samples
-            groups[number] = [completion(self._tokenizer, self._eos, *sample, weights.step) for sample in samples]
+            groups[number] = self._found(prompts[number], asked[number], bodies[number], reply, weights.step)
             if on_group is not None:
                 on_group(number, groups[number])
 
-        await self._asked(bodies, [prompt.example.id for prompt in prompts], weights.version, finished)
+        await self._dispatched(weights.version, lambda dispatch: dispatch.all(bodies, rows, finished))
         return [groups[number] for number in range(len(prompts))]
+
+    def generate_first(
+        self,
+        prompts: list[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        begun: Sequence[Sequence[Completion]],
+        enough: Callable[[Set[int]], bool],
+    ) -> list[list[Completion]]:
+        """As `PartialEngine`. Groups that are begun are asked for first."""
+        weights, asked = self._weights, wanted(begun)
+        assert weights is not None, "sync first"
+        bodies = self._bodies(prompts, sampling, seed, asked)
+        rows = [prompts[one.group].example.id for one in asked]
+
+        def no_more(answered: Set[int]) -> bool:
+            return enough(whole_groups(asked, answered, len(prompts)))
+
+        replies = run_async(self._dispatched(weights.version, lambda dispatch: dispatch.first(bodies, rows, no_more)))
+        sent = zip(asked, bodies, replies, strict=True)
+        found = [r and self._found(prompts[one.group], one, body, r, weights.step) for one, body, r in sent]
+        return put_back(begun, asked, found)
 
     def token_logprobs(self, prompts: list[EncodedPrompt], texts: list[list[int]]) -> list[list[float]]:
         """vLLM's log-probabilities of prompts, of which the texts are the end."""
@@ -268,15 +289,35 @@ class ServerEngine:
             "content_parts": [picture_part(image) for image in prompt.images] or None,
             "sampling_params": parameters,
             "return_token_ids": True,
+            "request_id": secrets.token_hex(16),
         }
 
     def _ask(self, bodies: list[dict], prompts: list[EncodedPrompt]) -> list[Reply]:
         assert self._weights is not None, "sync first"
-        return run_async(self._asked(bodies, [prompt.example.id for prompt in prompts], self._weights.version))
+        rows = [prompt.example.id for prompt in prompts]
+        return run_async(self._dispatched(self._weights.version, lambda dispatch: dispatch.all(bodies, rows)))
 
-    async def _asked(
-        self, bodies: list[dict], rows: list[str], version: str, on_reply: Callable[[int, Reply], None] | None = None
-    ) -> list[Reply]:
+    def _bodies(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seed: int, asked: Sequence[Wanted]
+    ) -> list[dict]:
+        limits, bodies = sampling.limits(len(prompts)), []
+        for number, one in enumerate(asked):
+            whole = {**sampling_parameters(sampling, *limits[one.group], self._banned), "seed": _seed(seed, number)}
+            bodies.append(self._body(prompts[one.group], one.parameters(whole), one.token_ids))
+        return bodies
+
+    def _found(self, prompt: EncodedPrompt, one: Wanted, body: dict, reply: Reply, step: int) -> list[Completion]:
+        """What a reply makes of the completions that were asked for."""
+        check_prompt(prompt, reply.prompt_ids, one.token_ids)
+        found = []
+        for (ids, logprobs), was_stopped in zip(reply.samples, reply.stopped, strict=True):
+            all_of_it = completion(self._tokenizer, self._eos, *one.continued(ids, logprobs, step))
+            is_short = all_of_it.is_truncated and len(ids) < body["sampling_params"]["max_tokens"]
+            all_of_it.is_partial = was_stopped and is_short
+            found.append(all_of_it)
+        return found
+
+    async def _dispatched(self, version: str, use: Callable[[Dispatch], Awaitable[_T]]) -> _T:
         settings = self._settings
         clients = [ServerClient(url, self._key, settings.timeout_s) for url in self._urls]
         dispatch = Dispatch(
@@ -288,7 +329,7 @@ class ServerEngine:
             watch=self._keeper.raise_error if self._keeper is not None else lambda: None,
         )
         try:
-            return await dispatch.all(bodies, rows, on_reply)
+            return await use(dispatch)
         finally:
             self.metrics = {"rollout/servers": dispatch.num_ready, "rollout/retries": dispatch.retries}
             for client in clients:

@@ -69,12 +69,13 @@ def sampling_parameters(
     }
 
 
-def check_prompt(prompt: EncodedPrompt, read: Sequence[int]) -> None:
-    """Raises UserError where vLLM read other tokens than the policy will."""
-    if list(read) != prompt.prompt_ids:
+def check_prompt(prompt: EncodedPrompt, read: Sequence[int], begun: Sequence[int] = ()) -> None:
+    """Raises UserError where vLLM read other tokens than the policy will; `begun` is of a completion to continue."""
+    ids = [*prompt.prompt_ids, *begun]
+    if list(read) != ids:
         raise UserError(
-            f"row {prompt.example.id}: vLLM reads the prompt as {len(read)} tokens, the policy as "
-            f"{len(prompt.prompt_ids)}: the processor in the model folder differs from the one in use"
+            f"row {prompt.example.id}: vLLM reads the prompt as {len(read)} tokens, the policy as {len(ids)}: the "
+            "processor in the model folder differs from the one in use"
         )
 
 
