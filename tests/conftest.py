@@ -1,7 +1,10 @@
 """Sets the process up before any test module imports torch or transformers: pytest loads this file first."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background by a shell: no child would hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
