@@ -23,10 +23,12 @@ from transformers import (
 
 from r1v_rl.errors import RecipeError, RewardError, UserError
 from r1v_rl.models.image_tokens import IMAGE_TOKENS
+from r1v_rl.scoring.judge_config import WorkedAnswer
 from r1v_rl.scoring.loader import load_rewards
 from r1v_rl.scoring.replies import ReplyStore
 from r1v_rl.scoring.reward_model import scores_of
-from r1v_rl.scoring.scorers import Score, ScorerConfig, WorkedAnswer, make_scorer
+from r1v_rl.scoring.scorer_config import Score, ScorerConfig
+from r1v_rl.scoring.scorers import make_scorer
 from r1v_rl.tiny.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from r1v_rl.types import Example
 

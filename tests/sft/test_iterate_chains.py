@@ -12,7 +12,7 @@ from scoring.chat_server import chat_server
 
 from r1v_rl.errors import UserError
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import Score
+from r1v_rl.scoring.scorer_config import Score
 from r1v_rl.sft.iterate.chains import give_chains, give_scores
 from r1v_rl.sft.iterate.children import in_child, run_command
 from r1v_rl.sft.iterate.config import Recipe, build_recipe, training_values

@@ -6,8 +6,10 @@ from random_vlm import save_random_vlm
 from sft.iterate_run import ROOT, rows_of, run
 from tiny_server import tiny_server
 
+from r1v_rl.scoring.judge_config import WorkedAnswer
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import ScorerConfig, WorkedAnswer, make_scorer
+from r1v_rl.scoring.scorer_config import ScorerConfig
+from r1v_rl.scoring.scorers import make_scorer
 from r1v_rl.types import Example
 
 

@@ -15,9 +15,10 @@ from r1v_rl.data.images import image_hash, load_image
 from r1v_rl.errors import RecipeError, RewardError, UserError
 from r1v_rl.models.weight_files import load_weights
 from r1v_rl.scoring.format import with_prompt_think
+from r1v_rl.scoring.judge_config import WorkedAnswer
 from r1v_rl.scoring.replies import ReplyStore, content_key
 from r1v_rl.scoring.rules import Reward, RewardSettings, completion_text, per_completion
-from r1v_rl.scoring.scorers import Score, ScorerConfig, WorkedAnswer
+from r1v_rl.scoring.scorer_config import Score, ScorerConfig
 
 Conversation = tuple[list[dict[str, Any]], Sequence[Any]]
 """Messages, the answer last, and the pictures of their image blocks."""

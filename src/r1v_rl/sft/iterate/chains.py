@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from r1v_rl.scoring.format import with_prompt_think
+from r1v_rl.scoring.judge_config import WorkedAnswer
 from r1v_rl.scoring.judging import read_revision
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import Scorer, WorkedAnswer
+from r1v_rl.scoring.scorer_config import Scorer
 from r1v_rl.sft.iterate.answering import needs_chain
 from r1v_rl.sft.iterate.config import Recipe
 from r1v_rl.sft.iterate.judge import AnswerJudge

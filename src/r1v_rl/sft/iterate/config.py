@@ -12,7 +12,7 @@ from r1v_rl.recipe_values import convert
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.scoring.judging import MAX_SCORE
 from r1v_rl.scoring.rules import RewardSettings
-from r1v_rl.scoring.scorers import ScorerConfig
+from r1v_rl.scoring.scorer_config import ScorerConfig
 from r1v_rl.sft.config import SFTConfig
 from r1v_rl.sft.main import SFT_CONFIGS
 

@@ -24,7 +24,8 @@ from r1v_rl.durable import fault_point, replace_file
 from r1v_rl.errors import UserError
 from r1v_rl.scoring.judging import MAX_SCORE
 from r1v_rl.scoring.replies import ReplyStore
-from r1v_rl.scoring.scorers import Scorer, make_scorer
+from r1v_rl.scoring.scorer_config import Scorer
+from r1v_rl.scoring.scorers import make_scorer
 from r1v_rl.sft.iterate.answering import answer_rows, missing_parts, read_parts
 from r1v_rl.sft.iterate.chains import give_chains, give_scores, judged_rows
 from r1v_rl.sft.iterate.children import in_child, run_command
