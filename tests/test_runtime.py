@@ -142,3 +142,29 @@ def test_child_processes_are_prepared_within_the_block_and_not_after():
         "print(inside, child())"
     )
     assert run(code) == "True False"
+
+
+FAULTS = """
+import r1v_rl, resource, torch
+torch.set_num_threads(1)
+
+def step():
+    kept = [torch.ones(1 << 20) for _ in range(8)]
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(20):
+    step()
+print(faults() - before)
+"""
+"""Page faults of 20 steps, each of which fills and frees 32 MB (8192 pages)."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    assert int(run(FAULTS)) < 8192
+    assert int(run(FAULTS, MALLOC_MMAP_THRESHOLD_="131072")) > 10 * 8192, "what the user has set stays"

@@ -16,7 +16,11 @@ DIE_WITH_PARENT = "R1V_DIE_WITH_PARENT"
 KEPT_PRODUCTS = 256
 """oneDNN's kernels that a process keeps, on a CPU: those of two or three packed rows."""
 
+KEPT_HEAP, LARGEST_IN_HEAP = 512 << 20, 32 << 20
+"""Bytes of freed memory that glibc keeps for the next tensors, and of the largest one that comes from there."""
+
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIGGERS = ("torch", "torchvision", "transformers", "vllm")
 _OP_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -85,12 +89,24 @@ def prepare() -> None:
     oneDNN keeps the code of every product in bfloat16 that it has met, 0.6 MB for each number of rows, 1024 of them by
     default: packed rows are all of another length, so a run on a CPU grew by gigabytes, with what lay between. torch
     holds the same ones in a cache of its own, whose variable is the second one.
+
+    glibc gives freed memory back at once, and gets it again page by page, emptied: 5 to 7 % of a small update.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, str(KEPT_PRODUCTS))
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Where glibc is, and where nobody has told it otherwise (`MALLOC_..._THRESHOLD_` in the environment)."""
+    given = any(f"MALLOC_{name}_THRESHOLD_" in os.environ for name in ("TRIM", "MMAP"))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not given else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_HEAP)
 
 
 def die_with_parent(starter: int) -> None:
