@@ -118,10 +118,17 @@ def die_with_parent(starter: int) -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        os.kill(starter, 0)
-    except ProcessLookupError:  # it ended before this process was bound to it
+    if not _runs(starter):  # it ended before this process was bound to it
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and not only what its parent has not asked for yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in (b"Z", b"X")
 
 
 @contextmanager

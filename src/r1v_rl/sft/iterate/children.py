@@ -1,6 +1,5 @@
 """The processes that a round starts: one that answers and one that trains. Neither outlives the one that started it."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,9 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from r1v_rl.errors import UserError
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1
+from r1v_rl.runtime import DIE_WITH_PARENT, die_with_parent
 
 
 def in_child(function: Callable[..., None], *arguments: Any) -> None:
@@ -44,9 +41,14 @@ def in_child(function: Callable[..., None], *arguments: Any) -> None:
 
 def run_command(command: Sequence[str]) -> int:
     """The exit code of a command, as a shell gives it (137 for SIGKILL). Ctrl-C and SIGTERM reach it once, and it is
-    waited for: it leaves a checkpoint."""
+    waited for: it leaves a checkpoint. The ranks of a launcher end with this process too, from their start on."""
     parent = os.getpid()
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: _die_with(parent))
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        env={**os.environ, DIE_WITH_PARENT: str(parent)},
+        preexec_fn=lambda: die_with_parent(parent),
+    )
     try:
         code = process.wait()
         return code if code >= 0 else 128 - code
@@ -57,7 +59,7 @@ def run_command(command: Sequence[str]) -> int:
 
 
 def _call(channel: Connection, parent: int, function: Callable[..., None], arguments: tuple) -> None:
-    _die_with(parent)
+    die_with_parent(parent)
     try:
         function(*arguments)
     except UserError as error:
@@ -67,10 +69,3 @@ def _call(channel: Connection, parent: int, function: Callable[..., None], argum
         os._exit(1)
     else:
         channel.send(None)
-
-
-def _die_with(parent: int) -> None:
-    """SIGKILL for this process when the one that started it is gone."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
