@@ -19,6 +19,9 @@ KEPT_PRODUCTS = 256
 KEPT_HEAP, LARGEST_IN_HEAP = 512 << 20, 32 << 20
 """Bytes of freed memory that glibc keeps for the next tensors, and of the largest one that comes from there."""
 
+_LAUNCH = "TORCHELASTIC_RUN_ID"
+"""Environment variable that torchrun and accelerate give to ranks."""
+
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIGGERS = ("torch", "torchvision", "transformers", "vllm")
@@ -120,6 +123,20 @@ def die_with_parent(starter: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if not _runs(starter):  # it ended before this process was bound to it
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_starter() -> None:
+    """Bind this process to the one that `R1V_DIE_WITH_PARENT` names; else a rank to its launcher, for now."""
+    if starter := os.environ.get(DIE_WITH_PARENT):
+        die_with_parent(int(starter))
+    elif _LAUNCH in os.environ:
+        die_with_parent(os.getppid())
+
+
+def outlive_launcher() -> None:
+    """From here on a rank that was bound to its launcher alone looks after itself, and can say why it ends."""
+    if sys.platform == "linux" and DIE_WITH_PARENT not in os.environ and _LAUNCH in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def _runs(pid: int) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch.distributed
 from training.bare_rank import a_store, child, join
 
+from r1v_rl.runtime import _runs
 from r1v_rl.training.signals import StopOnSignal
 
 WAYS = {
@@ -55,6 +56,19 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     pids = [int(pid_of(tmp_path, rank)) for rank in (0, 1)]
     assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids)) < 15
     assert all("the launcher was killed. Rank" in (tmp_path / f"{rank}.log").read_text() for rank in (0, 1))
+
+
+def test_a_rank_that_still_imports_ends_with_its_launcher(tmp_path):
+    """It would wait for the launcher's store, up to `ddp_timeout`."""
+    start = f"import subprocess; subprocess.run({[sys.executable, '-m', 'r1v_rl', 'grpo', '--help']!r})"
+    launcher = subprocess.Popen([sys.executable, "-c", start], env={**os.environ, "TORCHELASTIC_RUN_ID": "none"})
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    wait_until(lambda: children.read_text() != "")
+    rank = Path("/proc") / children.read_text().strip()
+    wait_until(lambda: b"libtorch" in (rank / "maps").read_bytes())
+    launcher.kill()
+    launcher.wait()
+    assert wait_until(lambda: not _runs(int(rank.name))) < 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

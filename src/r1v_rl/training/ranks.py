@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from r1v_rl.checkpoints import checkpoint_folders
 from r1v_rl.errors import RankError
+from r1v_rl.runtime import outlive_launcher
 from r1v_rl.tracking.redaction import redact
 
 _POLL_S = 0.5
@@ -51,6 +52,7 @@ def watched_ranks(args: Any) -> Iterator[None]:
         return
     watch = _Watch(args.rank_timeout_s, str(args.output_dir))
     watch.thread.start()
+    outlive_launcher()
     _watching = True
     # With the default a launcher would end this rank before it can say why.
     is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
