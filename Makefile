@@ -12,7 +12,6 @@ READY := .venv/.ready
 SMALL := .venv/.small
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet $(if $(PIP_INDEX),--extra-index-url $(PIP_INDEX))
 
-export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo chain test bench lint types pytest clean

@@ -21,19 +21,32 @@ def loads():
 
 
 def run(code: str, **environment: str) -> str:
-    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | environment
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {key: value for key, value in os.environ.items() if key not in waiting} | environment
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
 
-def test_import_is_light_and_sets_the_wait_policy_before_torch():
-    code = "import r1v_rl, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    assert run(code) == "PASSIVE False"
+WAITING = (
+    "import r1v_rl, os, sys; print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')), 'torch' in sys.modules)"
+)
 
 
-def test_a_wait_policy_of_the_user_is_kept():
-    assert run("import r1v_rl, os; print(os.environ['OMP_WAIT_POLICY'])", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+def test_import_is_light_and_says_how_threads_wait_before_torch():
+    assert run(WAITING) == "PASSIVE 3000 False"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE None"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+    ],
+)
+def test_how_threads_wait_is_kept_as_the_user_has_it(given, found):
+    assert run(WAITING, **given) == f"{found} False"
 
 
 GROWTH = """

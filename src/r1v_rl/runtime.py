@@ -16,6 +16,9 @@ DIE_WITH_PARENT = "R1V_DIE_WITH_PARENT"
 KEPT_PRODUCTS = 256
 """oneDNN's kernels that a process keeps, on a CPU: those of two or three packed rows."""
 
+SPINS = 3000
+"""Times that a thread of OpenMP looks for more work before it sleeps: some 40 microseconds."""
+
 KEPT_HEAP, LARGEST_IN_HEAP = 512 << 20, 32 << 20
 """Bytes of freed memory that glibc keeps for the next tensors, and of the largest one that comes from there."""
 
@@ -86,8 +89,9 @@ def _hide_broken_media_packages() -> None:
 def prepare() -> None:
     """Set this process up; `import r1v_rl` calls it.
 
-    A spinning libgomp makes everything about 30 times slower as soon as another process shares the cores, and it reads
-    its wait policy when it is loaded, so the variable must be set before torch is imported.
+    A spinning libgomp makes everything about 30 times slower as soon as another process shares the cores; one that
+    sleeps at once loses a fifth of a small step on two threads where none does. So it spins for a moment, unless the
+    environment says how it waits. It reads that when it is loaded, so before torch is imported.
 
     oneDNN keeps the code of every product in bfloat16 that it has met, 0.6 MB for each number of rows, 1024 of them by
     default: packed rows are all of another length, so a run on a CPU grew by gigabytes, with what lay between. torch
@@ -95,7 +99,9 @@ def prepare() -> None:
 
     glibc gives freed memory back at once, and gets it again page by page, emptied: 5 to 7 % of a small update.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, str(KEPT_PRODUCTS))
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -227,10 +227,9 @@ class _PackedAttention(torch.autograd.Function):
                 merged[:, :, queries], lse[:, :, queries] = block, block_lse
             else:
                 own = lse[:, :, queries]
-                both = torch.logaddexp(own, block_lse)
-                weighed = merged[:, :, queries] * (own - both).exp()[..., None]
-                merged[:, :, queries] = weighed + block * (block_lse - both).exp()[..., None]
-                lse[:, :, queries] = both
+                weight = torch.sigmoid(block_lse - own)[..., None]
+                merged[:, :, queries] = merged[:, :, queries].to(lse.dtype).lerp(block.to(lse.dtype), weight)
+                lse[:, :, queries] = torch.logaddexp(own, block_lse)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
         return out

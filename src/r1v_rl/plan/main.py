@@ -20,7 +20,7 @@ from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.compose import composed_config
-from r1v_rl.plan.needs import Setting, Work, features_memory, flops_of, memory_of
+from r1v_rl.plan.needs import KERNEL_CODE, Setting, Work, features_memory, flops_of, memory_of
 from r1v_rl.plan.shape import BYTES, Shape
 from r1v_rl.plan.work import grpo_work, sft_work
 from r1v_rl.sft.config import PartsConfig, SFTConfig
@@ -30,8 +30,8 @@ from r1v_rl.training.launch import DEFAULT_TRAINABLE
 
 COMMANDS = ("align", "sft", "grpo")
 SAMPLED_ROWS = 128
-VLLM_PROCESS = 0.5e9
-"""What a CPU process grows by when vLLM is imported and its workers' buffers are made."""
+VLLM_BUFFERS = 0.22e9
+"""What a CPU process grows by when vLLM's engine is made, beside weights and KV cache, measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         supervised=isinstance(args, SFTConfig),
         on_cpu=device is None,
     )
-    memory = {} if device is not None else {"process": _resident()}
+    memory = {} if device is not None else {"process": _resident() + KERNEL_CODE}
     memory |= memory_of(shape, work, setting) | _sampler_memory(args, shape, setting.compute_dtype, device)
     if device is None and args.vision_features == "cache":
         visual, limit = lengths.visual * lengths.rows, args.vision_cache_memory_bytes
@@ -182,7 +182,8 @@ def _sampler_memory(args: Any, shape: Shape, dtype: str, device_memory: float | 
         return {}
     weights = sum(shape.parameters.values()) * BYTES[dtype] / args.vllm_tensor_parallel_size
     if device_memory is None:
-        return {"vLLM": count * (weights + (args.vllm_kv_cache_memory_bytes or 0) + VLLM_PROCESS)}
+        libraries = _resident() if args.vllm_mode == "server" else 0.0
+        return {"vLLM": count * (weights + (args.vllm_kv_cache_memory_bytes or 0) + VLLM_BUFFERS + libraries)}
     share = count * args.vllm_gpu_memory_utilization * device_memory
     if count * weights > share:
         raise RecipeError(

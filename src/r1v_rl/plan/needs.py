@@ -13,6 +13,11 @@ SHARDED = {"weights": 3, "reference": 3, "gradients": 2, "optimizer": 1}
 """What is spread over the processes from which ZeRO stage on (FSDP: 3)."""
 PRODUCT_BYTES = 0.6e6
 """Of one of oneDNN's kernels for a product in bfloat16, measured; float32 products are MKL's, which keeps none."""
+HOLES = 0.35
+"""On a CPU: what lies unused between a step's tensors at their peak, over these tensors, 0.3 to 0.45 measured."""
+KERNEL_CODE = 0.06e9
+"""What a CPU process maps of its libraries when products run for the first time, measured."""
+_OF_A_STEP = ("weights, autocast", "activations", "backward, largest step", "oneDNN's kernels")
 _FLOAT32 = BYTES["float32"]
 
 
@@ -84,8 +89,10 @@ def memory_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     # the head's backward pass comes first, then that of a layer, whose gradients are as large as what it kept
     largest = max(_head_bytes(shape, work, setting), layer * work.tokens * work.fullest)
     found |= {"activations": activations, "backward, largest step": largest}
-    if setting.on_cpu and setting.compute_dtype == "bfloat16":
-        found["oneDNN's kernels"] = KEPT_PRODUCTS * PRODUCT_BYTES
+    if setting.on_cpu:
+        if setting.compute_dtype == "bfloat16":
+            found["oneDNN's kernels"] = KEPT_PRODUCTS * PRODUCT_BYTES
+        found["between tensors"] = HOLES * sum(found.get(name, 0.0) for name in _OF_A_STEP)
     return found
 
 
