@@ -2,8 +2,8 @@
 
     python benchmarks/update_curves.py [--quick] [--json FILE] [--svg FILE]
 
-Cases, models and the gate (loss and gradients agree before any time counts) are those of `benchmarks/update.py`,
-against TRL's best settings. The model is its `flops`, divided by the speed of the trunk's bare matrix products, which
+Cases, models and the gate (loss and gradients agree before any time counts) are those of `benchmarks/one_group.py`,
+against TRL's best settings. The model is `flops`, divided by the speed of the trunk's bare matrix products, which
 is measured beside each case; its error is that of the ratio, TRL's time to ours. One curve varies G, one C, one T.
 """
 
@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import r1v_rl  # isort: skip  # noqa: F401  (before torchvision is imported)
 import torch
-from update import SHAPES, Baseline, Case, Ours, Work, flops, gate, matmul_rate, seconds
+from one_group import SHAPES, Baseline, Case, Ours, Work, flops, gate, matmul_rate, seconds
 
 from r1v_rl.tracking.charts import line_chart
 
