@@ -127,7 +127,7 @@ def die_with_parent(starter: int) -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not _runs(starter):  # it ended before this process was bound to it
+    if not is_running(starter):  # it ended before this process was bound to it
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -145,7 +145,7 @@ def outlive_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether there is such a process, and not only what its parent has not asked for yet."""
     try:
         state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]

@@ -227,7 +227,7 @@ class _PackedAttention(torch.autograd.Function):
                 merged[:, :, queries], lse[:, :, queries] = block, block_lse
             else:
                 own = lse[:, :, queries]
-                weight = torch.sigmoid(block_lse - own)[..., None]
+                weight = torch.sigmoid(block_lse - own)[..., None]  # exp(block_lse) / (exp(own) + exp(block_lse))
                 merged[:, :, queries] = merged[:, :, queries].to(lse.dtype).lerp(block.to(lse.dtype), weight)
                 lse[:, :, queries] = torch.logaddexp(own, block_lse)
         ctx.save_for_backward(query, key, value, out, lse)
