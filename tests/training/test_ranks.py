@@ -18,6 +18,11 @@ from training.bare_rank import a_store, child, join
 from r1v_rl.runtime import end_with_starter, is_running
 from r1v_rl.training.signals import StopOnSignal
 
+CLEAN = multiprocessing.get_context("forkserver")
+"""Of a process that has torch, and not of this one: vLLM in another test may have joined it to a group."""
+
+CLEAN.set_forkserver_preload(["r1v_rl.training.ranks", "r1v_rl.training.signals"])
+
 WAYS = {
     "killed": (-signal.SIGKILL, "was killed, by a signal or by the kernel for want of memory (`dmesg`)"),
     "stopped": (-signal.SIGKILL, "was stopped (SIGSTOP) for more than 1 s (`rank_timeout_s`), and is killed"),
@@ -48,8 +53,7 @@ def test_ranks_that_are_done_end_each_in_their_own_time(tmp_path):
 
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     store = a_store()
-    context = multiprocessing.get_context("fork")
-    launcher = context.Process(target=launch, args=(store.port, tmp_path))
+    launcher = CLEAN.Process(target=launch, args=(store.port, tmp_path))
     launcher.start()
     wait_until(lambda: (tmp_path / "struck").exists())
     launcher.kill()
@@ -74,8 +78,7 @@ def test_a_rank_that_still_imports_ends_with_its_launcher(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_one_rank_hears_stops_all_after_the_same_step(tmp_path, number):
     store = a_store()
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=steps, args=(rank, store.port, tmp_path)) for rank in (0, 1)]
+    ranks = [CLEAN.Process(target=steps, args=(rank, store.port, tmp_path)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     wait_until(lambda: (tmp_path / "struck").exists())
@@ -150,8 +153,7 @@ def steps(rank: int, port: int, folder: Path) -> None:
 def run(folder: Path, way: str, survivor: str) -> tuple[float, list[int | None], list[str]]:
     """Seconds that rank 0 lived on, exit codes, and what was said."""
     store = a_store()
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=child, args=(rank, store.port, folder, way, survivor)) for rank in (0, 1)]
+    ranks = [CLEAN.Process(target=child, args=(rank, store.port, folder, way, survivor)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     while not (folder / "struck").exists() and ranks[1].is_alive():
