@@ -1,4 +1,4 @@
-"""The last layer's MLP sees the rows that are scored, and nothing else changes."""
+"""The last layer's products see the rows that are scored, and nothing else changes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SCORED = Scored(torch.tensor([8, 9, 10, 8, 13, 14, 18, 19]), torch.tensor([50, 6
 
 
 def forward(*, skipping: bool, family=Qwen2Config, checkpointing: bool = False, lora: bool = False):
-    """Scores, gradients by name, and how many rows the last MLP and the one before it saw."""
+    """Scores, gradients by name, and how many rows the last layer's products and those of the one before it saw."""
     model, _ = random_vlm(text_config_class=family)
     enable_packing(model)
     with pytest.MonkeyPatch.context() as patch:
@@ -31,8 +31,8 @@ def forward(*, skipping: bool, family=Qwen2Config, checkpointing: bool = False, 
     seen: dict[int, list[int]] = {}
     layers = next(m for n, m in model.named_modules() if n.endswith("language_model")).layers
     for depth in (-2, -1):
-        up = layers[depth].mlp.up_proj
-        up.register_forward_hook(lambda module, args, out, d=depth: seen.setdefault(d, []).append(args[0].shape[1]))
+        for product in (layers[depth].self_attn.o_proj, layers[depth].mlp.up_proj):
+            product.register_forward_hook(lambda _, args, out, d=depth: seen.setdefault(d, []).append(args[0].shape[1]))
     ids = torch.randint(40, 700, (1, LAYOUT.num_tokens), generator=torch.Generator().manual_seed(0))
     scores = model.train()(input_ids=ids, scored=SCORED, **LAYOUT.forward_kwargs())
     (scores.logprobs * torch.linspace(-1, 2, 8) + scores.entropies).sum().backward()
@@ -45,13 +45,25 @@ def test_the_rows_that_are_read_are_as_before(family, checkpointing, lora):
     settings = {"family": family, "checkpointing": checkpointing, "lora": lora}
     expected, gradients, _ = forward(skipping=False, **settings)
     scores, found, seen = forward(skipping=True, **settings)
-    times = 2 if checkpointing else 1
+    times = 4 if checkpointing else 2
     assert seen == {-2: [LAYOUT.num_tokens] * times, -1: [7] * times}
     assert (scores.logprobs - expected.logprobs).abs().max() < 5e-6
     assert (scores.entropies - expected.entropies).abs().max() < 5e-6
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_a_prompt_is_its_last_query_and_keys_to_all():
+    """A sample of its own begins where it is first scored, and one that is never scored has no queries at all."""
+    layout = PackedLayout.of([9, 4, 3, 5, 2], prefixes=[None, 0, 0, None, None])
+    last, first, second, own = slice(8, 9), slice(9, 13), slice(13, 16), slice(18, 21)
+    assert layout.reading(SCORED.positions.unique()).blocks() == [
+        *((queries, queries, True) for queries in (last, first, second, own)),
+        (last, slice(0, 8), False),
+        (own, slice(16, 18), False),
+        (slice(9, 16), slice(0, 9), False),
+    ]
 
 
 def test_a_row_that_is_left_out_would_be_seen(monkeypatch):

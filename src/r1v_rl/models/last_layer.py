@@ -1,8 +1,8 @@
-"""The last layer's MLP runs where its output is read: the other rows of a packed row end there, and nobody sees them.
+"""The last layer runs where its output is read: the other rows of a packed row are keys and values there, and no more.
 
-Of a shared prompt one token is scored, its last; the layers before the last one need all of it, as keys and values of
-its completions, and so does the last one's attention. Its MLP does not. Exact: values and gradients of the rows that
-are read are those of the whole row.
+Of a shared prompt one token is scored, its last; the layers before the last one need all of it. The last one needs its
+keys and values, for the completions, but no queries, no attention of its own and no MLP. Exact: values and gradients
+of the rows that are read are those of the whole row.
 """
 
 from typing import Any
@@ -21,8 +21,9 @@ def skip_unread_rows(model: PreTrainedModel) -> None:
     layer = model.get_decoder().layers[-1]
     rows = _Rows()
     layer.register_forward_pre_hook(rows.note, with_kwargs=True)
-    layer.mlp.register_forward_pre_hook(rows.take)
-    layer.mlp.register_forward_hook(rows.put_back)
+    for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+        module.register_forward_pre_hook(rows.take)
+        module.register_forward_hook(rows.put_back)
 
 
 class _Rows:
@@ -32,16 +33,19 @@ class _Rows:
         self._read: Int[Tensor, " N"] | None = None
         self._length = 0
 
-    def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self._read = kwargs.get(READ)
+        if self._read is None:
+            return None
+        return args, kwargs | {"packed_layout": kwargs["packed_layout"].reading(self._read)}
 
-    def take(self, mlp: nn.Module, args: tuple[Float[Tensor, "B T D"]]) -> tuple[Tensor] | None:
+    def take(self, module: nn.Module, args: tuple[Float[Tensor, "B T D"]]) -> tuple[Tensor] | None:
         if self._read is None:
             return None
         self._length = args[0].shape[1]
         return (args[0][:, self._read],)
 
-    def put_back(self, mlp: nn.Module, args: tuple, out: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
+    def put_back(self, module: nn.Module, args: tuple, out: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
         if self._read is None:
             return out
         whole = out.new_zeros(out.shape[0], self._length, out.shape[2])

@@ -14,7 +14,7 @@ packing: `PackedLayout.of(lengths)`. How to use it:
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ _OTHER_LAYERS = {
     "linear_attention": "are linear attention, which keeps a state in the order of the row",
 }
 
+Block = tuple[slice, slice, bool]
+"""(queries, keys, causal)"""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -57,6 +60,8 @@ class PackedLayout:
     """Where the segments of one row lie, and what each of them sees. T = tokens of the row."""
 
     segments: tuple[Segment, ...]
+    first_read: tuple[int, ...] | None = None
+    """For each segment the first of its tokens that is asked for, its end where none is; None = all of every one."""
 
     @classmethod
     def of(cls, lengths: list[int], prefixes: list[int | None] | None = None) -> "PackedLayout":
@@ -120,20 +125,34 @@ class PackedLayout:
             "packed_layout": self,
         }
 
-    def blocks(self) -> list[tuple[slice, slice, bool]]:
-        """(queries, keys, causal): each segment to itself, and each run of neighbours to the prefix they share."""
-        own = [(slice(s.start, s.end),) * 2 + (True,) for s in self.segments]
-        shared: list[tuple[slice, slice, bool]] = []
-        for segment in self.segments:
-            if segment.prefix is None:
+    def reading(self, rows: Int[Tensor, " N"]) -> "PackedLayout":
+        """The same for attention whose output is read at `rows` alone, which are in order."""
+        starts = torch.tensor([s.start for s in self.segments])
+        rows = rows.cpu()
+        firsts = torch.cat([rows, torch.tensor([self.num_tokens])])[torch.searchsorted(rows, starts)].tolist()
+        return replace(self, first_read=tuple(min(f, s.end) for f, s in zip(firsts, self.segments, strict=True)))
+
+    def blocks(self) -> list[Block]:
+        """Each segment to itself, to what it has before the first token that is read, and each
+        run of neighbours to the prefix they share."""
+        firsts = self.first_read or [s.start for s in self.segments]
+        own: list[Block] = []
+        before: list[Block] = []
+        shared: list[Block] = []
+        for segment, first in zip(self.segments, firsts, strict=True):
+            queries = slice(first, segment.end)
+            if first == segment.end:
                 continue
-            prefix = self.segments[segment.prefix]
-            keys = slice(prefix.start, prefix.end)
-            queries = slice(segment.start, segment.end)
-            if shared and shared[-1][1] == keys and shared[-1][0].stop == segment.start:
-                queries = slice(shared.pop()[0].start, segment.end)
-            shared.append((queries, keys, False))
-        return own + shared
+            own.append((queries, queries, True))
+            if segment.start < first:
+                before.append((queries, slice(segment.start, first), False))
+            if segment.prefix is not None:
+                prefix = self.segments[segment.prefix]
+                keys = slice(prefix.start, prefix.end)
+                if shared and shared[-1][1] == keys and shared[-1][0].stop == first:
+                    queries = slice(shared.pop()[0].start, segment.end)
+                shared.append((queries, keys, False))
+        return own + before + shared
 
 
 def enable_packing(model: PreTrainedModel) -> None:
@@ -217,13 +236,14 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, layout, scale):
         kernel = kernel_for(query)
         q, k, v = _by_key_head(query, key, value)
-        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
+        new = query.new_empty if layout.first_read is None else query.new_zeros
+        out = new(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         merged, lse = out[0].unflatten(0, q.shape[:2]), q.new_empty(q.shape[:3], dtype=_wide(q))
         for queries, keys, causal in layout.blocks():
             block, block_lse = kernel.forward(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=causal, scale=scale
             )
-            if causal:  # every token's first block: itself
+            if causal:  # the first block of every token that is read: itself
                 merged[:, :, queries], lse[:, :, queries] = block, block_lse
             else:
                 own = lse[:, :, queries]
@@ -241,15 +261,16 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v = _by_key_head(query, key, value)
         grad, out = (x[0].unflatten(0, q.shape[:2]) for x in (grads[0], out))
         wide = _wide(q)  # for sums over blocks
-        grad_q = torch.empty_like(q, dtype=wide)
-        grad_k, grad_v = (torch.empty(x.shape[0], *x.shape[2:], dtype=wide, device=x.device) for x in (k, v))
+        new = torch.empty if ctx.layout.first_read is None else torch.zeros
+        grad_q = new(q.shape, dtype=wide, device=q.device)
+        grad_k, grad_v = (new(x.shape[0], *x.shape[2:], dtype=wide, device=x.device) for x in (k, v))
         for queries, keys, causal in ctx.layout.blocks():
             part_q, part_k, part_v = kernel.backward(
                 grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
                 out[:, :, queries], lse[:, :, queries].contiguous(), causal=causal, scale=ctx.scale,
             )  # fmt: skip
             part_k, part_v = (x[:, 0] if x.shape[1] == 1 else x.sum(1, dtype=wide) for x in (part_k, part_v))
-            if causal:  # every token's first block
+            if causal:  # the first block of every token that is read, as query and as key
                 grad_q[:, :, queries], grad_k[:, keys], grad_v[:, keys] = part_q, part_k, part_v
             else:
                 grad_q[:, :, queries] += part_q
