@@ -48,7 +48,7 @@ CASES = [
     Case("tiny/grpo", "grpo", 3, "."),
     Case("small/align", "align", 12, "outputs/small/chain/compose"),
     Case("small/sft", "sft", 60, "outputs/small/chain/align"),
-    Case("small/grpo", "grpo", 2, "outputs/small/chain/iterate"),
+    Case("small/grpo", "grpo", 10, "outputs/small/chain/iterate"),
 ]
 
 
