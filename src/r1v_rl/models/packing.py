@@ -133,8 +133,8 @@ class PackedLayout:
         return replace(self, first_read=tuple(min(f, s.end) for f, s in zip(firsts, self.segments, strict=True)))
 
     def blocks(self) -> list[Block]:
-        """Each segment to itself, to what it has before the first token that is read, and each
-        run of neighbours to the prefix they share."""
+        """Each segment to itself, to what it has before its first token that is read, and each run of neighbours to the
+        prefix they share."""
         firsts = self.first_read or [s.start for s in self.segments]
         own: list[Block] = []
         before: list[Block] = []
