@@ -108,7 +108,7 @@ def test_inputs_follow_recipe_parents_and_files(place):
     (place / "rows.jsonl").write_text("{}\n")
     (place / "reward.py").write_text("def f(): pass\n")
     (place / "folder").mkdir()
-    (place / "folder" / "a.jsonl").write_text("1\n")
+    (place / "folder" / "a.png").write_text("1\n")
     data = {"dataset_name": str(place / "rows.jsonl"), "reward_funcs": ["accuracy", f"{place}/reward.py:f"]}
     stages = changed(
         2, overrides={**data, "dataset_root": str(place / "folder"), "vision_encoder": "tiny/vision_encoder"}
@@ -125,11 +125,12 @@ def test_inputs_follow_recipe_parents_and_files(place):
     }  # fmt: skip
     assert inputs() == before
 
-    for path in ("rows.jsonl", "reward.py", "folder/a.jsonl"):
+    for path in ("rows.jsonl", "reward.py", "folder/a.png"):
         text = (place / path).read_text()
         (place / path).write_text(text + "\n")
         assert len(changed_inputs(before, inputs())) == 1, path
         (place / path).write_text(text)
+    (place / "folder" / "rows_of_another_stage.jsonl").write_text("{}\n")
     assert inputs() == before
     (place / "out" / "moved").mkdir(parents=True)
     assert inputs() == before  # not complete yet

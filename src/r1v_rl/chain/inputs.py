@@ -51,14 +51,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "stage" in manifest else None
 
 
-def _fingerprints(value: Any, output_dir: Path) -> Iterator[tuple[str, str]]:
+def _fingerprints(value: Any, output_dir: Path, key: str = "") -> Iterator[tuple[str, str]]:
     """(path, hash) of every file and folder that stands anywhere in a recipe's values.
 
     What lies in the chain's own folder is made by its stages: files there are hashed, folders go by their manifests.
+    `dataset_root` is where the rows' pictures are: another stage's rows beside them are none of this one's inputs.
     """
     if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _fingerprints(item, output_dir)
+        for name, item in value.items():
+            yield from _fingerprints(item, output_dir, name)
     elif isinstance(value, list):
         for item in value:
             yield from _fingerprints(item, output_dir)
@@ -69,7 +70,7 @@ def _fingerprints(value: Any, output_dir: Path) -> Iterator[tuple[str, str]]:
         if path.is_file():
             yield value, file_sha256(path)
         elif output_dir.resolve() not in path.resolve().parents:
-            yield value, folder_fingerprint(path)
+            yield value, folder_fingerprint(path, pictures_only=key == "dataset_root")
 
 
 def _existing_path(value: str) -> Path | None:
@@ -81,12 +82,14 @@ def _existing_path(value: str) -> Path | None:
         return None
 
 
-def folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path, pictures_only: bool = False) -> str:
     """Hash over a folder: its manifest where it has one, else its files; pictures count by name and size alone."""
     if (folder / RUN_MANIFEST).is_file():
         return file_sha256(folder / RUN_MANIFEST)
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if pictures_only and path.suffix in _HASHED_SUFFIXES:
+            continue
         content = file_sha256(path) if path.suffix in _HASHED_SUFFIXES else str(path.stat().st_size)
         digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
