@@ -43,17 +43,23 @@ def test_captions_name_the_colours_that_the_box_shows(written):
         assert colors_seen(written / picture) == {c for c in INK if c in row["completion"].lower()}, picture
 
 
-def test_chains_list_the_boxes_that_are_shown_and_their_sum_is_the_answer(written):
+def test_chains_count_what_they_list_and_end_on_the_answer(written):
     captions = {row["images"][0]: row["completion"].rstrip(".").lower() for row in rows_of(written, "align")}
     counting = [row for row in rows_of(written, "sft") if row["images"][0].startswith("nlvr/")]
-    counting = [row for row in counting if "answer" in row]
     assert counting
     for row in counting:
-        boxes = [f"Box {i}: {captions[picture]}." for i, picture in enumerate(row["images"], start=1)]
-        assert row["completion"].startswith(f"<think>{' '.join(boxes)} Counting ")
-        terms, total = re.findall(r": ([\d +]+) = (\d+)\.</think>", row["completion"])[0]
-        assert str(sum(map(int, terms.split(" + ")))) == total == row["answer"]
-        assert row["completion"].endswith(f"\\boxed{{{total}}}")
+        wanted = re.findall(r"How many (.+?) are in the image", row["problem"])[0]
+        kind = wanted.replace("objects", "").rstrip("s").strip()
+        chain, counts = row["completion"], []
+        for i, picture in enumerate(row["images"], start=1):
+            box = captions[picture]
+            parts = [thing.split()[0] for thing in box.split(", ") if kind in thing and thing != "nothing"]
+            counts.append(sum(map(int, parts)))
+            sum_of_box = f"{' + '.join(parts)} = {counts[-1]}" if len(parts) > 1 else counts[-1]
+            assert f"Box {i}: {box}; {wanted}: {sum_of_box}." in chain
+        first, second = counts[0] + counts[1], sum(counts)
+        together = f"Together: {counts[0]} + {counts[1]} = {first}, {first} + {counts[2]} = {second}."
+        assert chain.endswith(f" {together}</think>\n\\boxed{{{second}}}") and str(second) == row["answer"]
 
 
 def test_no_stage_sees_a_picture_that_is_held_out(written):

@@ -81,7 +81,7 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
     ]
     return {
         "align": captions,
-        "sft": [*captions, *train, *solved],
+        "sft": [*train, *solved],
         "counting_train": train,
         "counting_heldout": heldout,
     }
@@ -110,21 +110,27 @@ def shown_boxes(row: Row) -> list[Sequence[Row]]:
     return [row["structured_rep"][box] for box in ORDERS[order]]
 
 
-def scene_caption(boxes: Sequence[Sequence[Row]]) -> str:
-    """What is in each of the three boxes, by colour and shape."""
-    return " ".join(f"Box {number}: {_listed(box)}." for number, box in enumerate(boxes, start=1))
-
-
 def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]:
-    """(chain, count) of `black squares`, `circles`, `objects`, ...: what is in each box, then the sum."""
+    """(chain, count) of `black squares`, `circles`, `objects`, ...: what is in each box with its count, then the sum.
+
+    No step of it is larger than to copy some numbers, or to add them up for one box, or two of them: a small model that
+    had to give the three counts at once named what it saw and counted something else.
+    """
     words = wanted.split()
     colors = [word for word in words if word in COLORS.values()]
     shapes = [word.removesuffix("s") for word in words if word not in (*COLORS.values(), "objects")]
-    counts = [
-        sum((not colors or COLORS[o["color"]] in colors) and (not shapes or o["type"] in shapes) for o in box)
-        for box in boxes
-    ]
-    return f"{scene_caption(boxes)} Counting {wanted}: {' + '.join(map(str, counts))} = {sum(counts)}.", sum(counts)
+    lines, counts = [], []
+    for number, box in enumerate(boxes, start=1):
+        parts = [
+            n
+            for (color, shape), n in _kinds(box)
+            if (not colors or color in colors) and (not shapes or shape in shapes)
+        ]
+        lines.append(f"Box {number}: {_listed(box)}; {wanted}: {_sum(parts)}.")
+        counts.append(sum(parts))
+    totals = list(itertools.accumulate(counts))
+    steps = [f"{before} + {n} = {after}" for before, n, after in zip(totals[:-1], counts[1:], totals[1:], strict=True)]
+    return f"{' '.join(lines)} Together: {', '.join(steps)}.", totals[-1]
 
 
 def _counting_row(row: Row, scene: Row) -> dict[str, Any]:
@@ -160,11 +166,20 @@ def _pictures(row: Row) -> list[str]:
     return [f"nlvr/{stem}-box-{number}.{suffix}" for number in range(1, BOXES + 1)]
 
 
+def _kinds(box: Sequence[Row]) -> list[tuple[tuple[str, str], int]]:
+    """((colour, shape), how many), by name."""
+    return sorted(Counter((COLORS[thing["color"]], thing["type"]) for thing in box).items())
+
+
 def _listed(box: Sequence[Row]) -> str:
     if not box:
         return "nothing"
-    counts = Counter((COLORS[thing["color"]], thing["type"]) for thing in box)
-    return ", ".join(f"{n} {color} {shape}{'s' if n > 1 else ''}" for (color, shape), n in sorted(counts.items()))
+    return ", ".join(f"{n} {color} {shape}{'s' if n > 1 else ''}" for (color, shape), n in _kinds(box))
+
+
+def _sum(parts: Sequence[int]) -> str:
+    """`0`, `3` or `1 + 2 = 3`."""
+    return str(sum(parts)) if len(parts) < 2 else f"{' + '.join(map(str, parts))} = {sum(parts)}"
 
 
 def _number(row: Row) -> str:
