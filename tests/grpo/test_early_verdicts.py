@@ -205,7 +205,7 @@ def test_with_vllm_a_slow_reward_is_judged_while_the_rest_is_sampled(model, tmp_
         waited.append(time.perf_counter() - started)
     for name in ("per_function", "rewards", "advantages"):
         assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
-    assert judged_s >= 0.19 and waited[1] >= 0.4 and waited[0] < waited[1] - 0.1, (judged_s, waited)
+    assert judged_s > 0 and waited[1] >= 0.4 and waited[0] < waited[1] - judged_s / 2, (judged_s, waited)
     assert_no_thread_is_left()
 
 
