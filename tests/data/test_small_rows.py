@@ -68,6 +68,16 @@ def test_no_stage_sees_a_picture_that_is_held_out(written):
     assert held_out and not held_out & seen
 
 
+def test_each_held_out_picture_has_three_more_questions_of_the_same_kinds(written):
+    asked: dict[str, list[str]] = {}
+    for row in rows_of(written, "counting_heldout") + (more := rows_of(written, "counting_heldout_more")):
+        asked.setdefault(row["images"][0], []).append(row["problem"])
+        assert row["completion"].endswith(f"\\boxed{{{row['answer']}}}")
+    assert asked and all(len(set(problems)) == len(problems) == 4 for problems in asked.values())
+    everywhere = rows_of(written, "counting_train") + rows_of(written, "counting_heldout")
+    assert {row["problem"] for row in more} <= {row["problem"] for row in everywhere}
+
+
 def test_a_question_without_its_scene_is_named(tmp_path):
     shutil.copytree(ASSETS, tmp_path / "assets")
     (tmp_path / "assets" / "nlvr" / "dev.jsonl").write_text("")
@@ -76,7 +86,7 @@ def test_a_question_without_its_scene_is_named(tmp_path):
 
 
 def test_ids_are_unique_in_every_file(written):
-    for name in ("align", "sft", "counting_train", "counting_heldout"):
+    for name in ("align", "sft", "counting_train", "counting_heldout", "counting_heldout_more"):
         ids = [row["id"] for row in rows_of(written, name)]
         assert len(ids) == len(set(ids)), name
 

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import random
 import shutil
 import sys
 from collections import Counter
@@ -35,12 +36,14 @@ ORDERS = {str(number): order for number, order in enumerate(itertools.permutatio
 """Last number of a picture's name -> which of the record's boxes it shows, from left to right."""
 HELDOUT_ONE_IN = 4
 """One picture of NLVR in four is held out, of captions too."""
+MORE_QUESTIONS = 3
+"""Of each held-out picture, beside its own, in `counting_heldout_more`."""
 
 Row = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes `align.jsonl`, `sft.jsonl`, `counting_train.jsonl`, `counting_heldout.jsonl` and the pictures."""
+    """Writes `align.jsonl`, `sft.jsonl`, `counting_train.jsonl`, `counting_heldout.jsonl`, `counting_heldout_more.jsonl`, pictures."""
     parser = argparse.ArgumentParser(
         prog="python -m r1v_rl.data.small_rows", description=(__doc__ or "").split("\n")[0]
     )
@@ -66,10 +69,14 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
     puzzles = list(_read(data / "puzzlevqa" / "dev.jsonl"))
     train: list[dict[str, Any]] = []
     heldout: list[dict[str, Any]] = []
+    more: list[dict[str, Any]] = []
+    questions = sorted({row["problem"] for row in counting})
     for row in counting:
         if (scene := scenes.get(_number(row))) is None:
             raise DataError(f"row {row['id']}: nlvr/dev.jsonl has no scene of this number")
         (heldout if _is_heldout(row) else train).append(_counting_row(row, scene))
+        if _is_heldout(row):
+            more += [_counting_row(other, scene) for other in _other_questions(row, scene, questions)]
     captions = [row for scene in scenes.values() if not _is_heldout(scene) for row in _box_captions(scene)]
     captions += [
         _row({"id": f"{row['id']}-caption"}, _pictures(row), DESCRIBE, completion=row["caption"]) for row in puzzles
@@ -84,6 +91,7 @@ def small_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
         "sft": [*train, *solved],
         "counting_train": train,
         "counting_heldout": heldout,
+        "counting_heldout_more": more,
     }
 
 
@@ -133,8 +141,20 @@ def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]
     return f"{' '.join(lines)} Together: {', '.join(steps)}.", totals[-1]
 
 
+def _other_questions(row: Row, scene: Row, questions: Sequence[str]) -> Iterable[Row]:
+    """Questions about the row's picture that it does not ask itself, drawn by its id, with the record's answers."""
+    others = [question for question in questions if question != row["problem"]]
+    for number, problem in enumerate(random.Random(row["id"]).sample(others, MORE_QUESTIONS)):
+        _, count = worked_count(shown_boxes(scene), _wanted(problem))
+        yield {**row, "id": f"{row['id']}-{number}", "problem": problem, "answer": str(count)}
+
+
+def _wanted(problem: str) -> str:
+    return problem.removeprefix("How many ").split(" are in the image")[0]
+
+
 def _counting_row(row: Row, scene: Row) -> dict[str, Any]:
-    wanted = row["problem"].removeprefix("How many ").split(" are in the image")[0]
+    wanted = _wanted(row["problem"])
     chain, count = worked_count(shown_boxes(scene), wanted)
     if str(count) != row["answer"]:
         raise DataError(f"row {row['id']}: the scene's record has {count} {wanted}, the answer says {row['answer']}")
