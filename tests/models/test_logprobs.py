@@ -13,7 +13,7 @@ def scores_and_gradient(frozen: bool, temperature: float, weights: torch.Tensor,
     model, _ = random_vlm()
     freeze_all_but(model, ["projector", "language_model"])
     model.lm_head.weight.requires_grad_(not frozen)
-    add_logprob_head(model, temperature=temperature, float32_head=False, supervised=True)
+    add_logprob_head(model, temperature=temperature, float32_head=False, logprobs_only=True, top1=True)
     ids = torch.randint(40, 700, (2, 12), generator=torch.Generator().manual_seed(0))
     scored = Scored(torch.tensor([3, 4, 9, 15, 20]), torch.tensor([50, 60, 70, 80, 90]), None)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

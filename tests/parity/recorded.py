@@ -17,6 +17,7 @@ from trl.trainer.utils import split_tensor_dict
 from r1v_rl.grpo.batch import loss_mask, score
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
+from r1v_rl.models.parts import freeze_all_but
 from r1v_rl.rollout.engine import Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.types import Completion
@@ -24,6 +25,7 @@ from r1v_rl.types import Completion
 G = 4
 LENGTHS = [3, 9, 6, 9, 1, 4, 2, 9, 5, 5, 5, 5, 8, 7, 2, 6]
 SIZES = [[(32, 32)], [(64, 32), (32, 32)], [(32, 96)], [(40, 32)]]  # mixed tile counts: 1, 3+1, 4, 1
+EVERYTHING = ["vision_encoder", "projector", "language_model"]
 FAMILY_SIZES = [[(32, 32)], [(64, 32), (32, 32), (24, 64)], [(40, 24)], []]  # one, three and no pictures
 
 
@@ -97,6 +99,7 @@ def run_trl(recording: Recording, output_dir: Path, move: float, **changes: Any)
     """TRL's own trainer on the recording; `move` shifts the weights between the rollout and the update."""
     model = copy.deepcopy(recording.model)
     corrected = changes.pop("corrected", False)
+    freeze_all_but(model, changes.pop("trainable", EVERYTHING))
     trainer = trl.GRPOTrainer(
         model=model,
         reward_funcs=recording.reward,
@@ -122,7 +125,7 @@ def run_ours(recording: Recording, output_dir: Path, move: float, **changes: Any
     """Our trainer on the same recording, moved likewise."""
     model = copy.deepcopy(recording.model)
     corrected = changes.pop("corrected", False)
-    changes |= {"trainable": ["vision_encoder", "projector", "language_model"], "share_prefix": recording.share_prefix}
+    changes = {"trainable": EVERYTHING, "share_prefix": recording.share_prefix, **changes}
     completions = {}
     for p, row in enumerate(recording.rows):
         own = slice(p * G, (p + 1) * G)
@@ -211,7 +214,7 @@ def _our_scores(trainer: GRPOTrainer, rows: dict) -> tuple[list[Tensor], list[Te
 @torch.no_grad()
 def _move_weights(model: nn.Module, by: float) -> None:
     generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.add_(by * torch.randn(parameter.shape, generator=generator))
 
 

@@ -72,6 +72,13 @@ def test_other_keys(recording, tmp_path, changes):
     assert_equal(run_ours(recording, tmp_path, 0.02, **changes), run_trl(recording, tmp_path, 0.02, **changes))
 
 
+@pytest.mark.parametrize("changes", [{}, {"entropy_coef": 0.01}, {"temperature": 0.7, "beta": 0.04}], ids=str)
+def test_projector_only(recording, tmp_path, changes):
+    """R1V's own GRPO: the head has its gradients with its logits, unless the loss has an entropy too."""
+    changes = {"trainable": ["projector"], "num_iterations": 2, "epsilon": 0.05, **changes}
+    assert_equal(run_ours(recording, tmp_path, 0.02, **changes), run_trl(recording, tmp_path, 0.02, **changes))
+
+
 @pytest.mark.parametrize("mode", ["token_mask", "token_truncate", "sequence_mask", "sequence_truncate"])
 def test_sampler_correction(recording, tmp_path, mode):
     changes = {

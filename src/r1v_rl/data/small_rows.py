@@ -37,13 +37,13 @@ ORDERS = {str(number): order for number, order in enumerate(itertools.permutatio
 HELDOUT_ONE_IN = 4
 """One picture of NLVR in four is held out, of captions too."""
 MORE_QUESTIONS = 3
-"""Of each held-out picture, beside its own, in `counting_heldout_more`."""
+"""Asked about each held-out picture beside its own, in `counting_heldout_more.jsonl`."""
 
 Row = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes `align.jsonl`, `sft.jsonl`, `counting_train.jsonl`, `counting_heldout.jsonl`, `counting_heldout_more.jsonl`, pictures."""
+    """Writes the pictures, and `align`, `sft`, `counting_train`, `counting_heldout`, `counting_heldout_more.jsonl`."""
     parser = argparse.ArgumentParser(
         prog="python -m r1v_rl.data.small_rows", description=(__doc__ or "").split("\n")[0]
     )

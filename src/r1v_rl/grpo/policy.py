@@ -58,7 +58,12 @@ def prepare_models(
         reference.requires_grad_(False).eval()
     for each in (policy, reference):
         if each is not None:
-            add_logprob_head(each, temperature=args.temperature, float32_head=args.cast_lm_head_to_fp32)
+            add_logprob_head(
+                each,
+                temperature=args.temperature,
+                float32_head=args.cast_lm_head_to_fp32,
+                logprobs_only=not args.entropy_coef,
+            )
     if peft_config is not None:
         from peft import get_peft_model
 

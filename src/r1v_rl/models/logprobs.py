@@ -47,7 +47,7 @@ class TokenScores(ModelOutput):
 
 
 def add_logprob_head(
-    model: PreTrainedModel, *, temperature: float, float32_head: bool, supervised: bool = False
+    model: PreTrainedModel, *, temperature: float, float32_head: bool, logprobs_only: bool = False, top1: bool = False
 ) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
@@ -59,9 +59,11 @@ def add_logprob_head(
         model: A transformers causal or image-text model.
         temperature: Logits are divided by it, as in the sampler.
         float32_head: Run the LM head in float32.
-        supervised: For a loss on the log-probabilities alone: `is_top1` is filled, and entropies have no gradient.
+        logprobs_only: For a loss on the log-probabilities alone: entropies need no gradient, which spares a head that
+            does not train a third of its products.
+        top1: Fill `is_top1`.
     """
-    outputs = ("log_probs", "entropy", "is_top1") if supervised else ("log_probs", "entropy")
+    outputs = ("log_probs", "entropy", *(["is_top1"] if top1 else []))
     original = model.forward
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -89,8 +91,8 @@ def add_logprob_head(
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
             if float32_head:
                 hidden, weight = hidden.float(), weight.float()
-            if supervised and not weight.requires_grad and not softcap:
-                return TokenScores(*_FrozenHead.apply(hidden, weight, bias, scored.targets, temperature))
+            if logprobs_only and not weight.requires_grad and not softcap:
+                return TokenScores(*_FrozenHead.apply(hidden, weight, bias, scored.targets, temperature, top1))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden, weight, bias, scored.targets, temperature, _vocabulary_tile(hidden), softcap, 1.0, outputs
             )
@@ -128,21 +130,21 @@ def _no_gradient(model: PreTrainedModel) -> Tensor | float:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities, entropies and `is_top1` of a head that does not train.
+    """Log-probabilities, entropies and, where asked, `is_top1` of a head that does not train.
 
     A token's gradient is known but for one factor as soon as its logits are: it is kept, (M, hidden), and no logits are
     stored or computed again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):
+    def forward(ctx, hidden, weight, bias, targets, temperature, top1):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
         direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         scores = [torch.empty(len(targets), device=hidden.device) for _ in range(2)]
         logprobs, entropies = scores
-        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device) if top1 else None
         size = max(1, LOGITS_AT_ONCE // len(weight))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
@@ -150,7 +152,8 @@ class _FrozenHead(torch.autograd.Function):
             if temperature != 1.0:
                 logits /= temperature
             wanted = targets[part, None]
-            is_top1[part] = logits.argmax(-1) == wanted[:, 0]
+            if is_top1 is not None:
+                is_top1[part] = logits.argmax(-1) == wanted[:, 0]
             all_logprobs = torch.log_softmax(logits, -1)
             logprobs[part] = all_logprobs.gather(1, wanted)[:, 0]
             probabilities = torch.exp(all_logprobs, out=logits)
@@ -160,10 +163,10 @@ class _FrozenHead(torch.autograd.Function):
                 torch.mm(probabilities.to(weight.dtype), weight, out=direction[part])
         ctx.save_for_backward(direction)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropies, is_top1)
+        ctx.mark_non_differentiable(entropies, *([] if is_top1 is None else [is_top1]))
         return logprobs, entropies, is_top1
 
     @staticmethod
     def backward(ctx, grad_logprobs, *_):
         (direction,) = ctx.saved_tensors
-        return (direction * (grad_logprobs / -ctx.temperature)[:, None]).to(direction.dtype), None, None, None, None
+        return (direction * (grad_logprobs / -ctx.temperature)[:, None]).to(direction.dtype), *[None] * 5

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         zero_stage=options.zero_stage,
         num_processes=options.num_processes,
         accumulates=work.passes > 1 or args.gradient_accumulation_steps > 1,
-        supervised=isinstance(args, SFTConfig),
+        logprobs_only=isinstance(args, SFTConfig) or not args.entropy_coef,
         on_cpu=device is None,
     )
     memory = {} if device is not None else {"process": _resident() + KERNEL_CODE}

@@ -53,12 +53,18 @@ class Setting:
     num_processes: int = 1
     accumulates: bool = False
     """Whether gradients are there already when a pass begins: there are several passes a step."""
-    supervised: bool = False
+    logprobs_only: bool = False
+    """Whether the loss reads log-probabilities alone, and no entropy."""
     on_cpu: bool = False
 
     @property
     def trains_language(self) -> bool:
         return "language_model" in self.trainable
+
+    @property
+    def scores_once(self) -> bool:
+        """Whether the LM head has its gradient with its logits, and computes them no second time."""
+        return self.logprobs_only and not self.trains_language
 
 
 def memory_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
@@ -109,11 +115,11 @@ def _head_bytes(shape: Shape, work: Work, setting: Setting) -> float:
     """The LM head's pass over the scored positions, a tile of the vocabulary at a time, and its weights' gradient.
 
     On a GPU a tile is one tensor in the compute dtype. Without Triton (on a CPU) TRL's backward pass keeps seven
-    float32 tensors of a tile and a mask beside it. A supervised head that does not train keeps two, of
-    `LOGITS_AT_ONCE` logits.
+    float32 tensors of a tile and a mask beside it. A head that does not train keeps two, of `LOGITS_AT_ONCE` logits,
+    where the loss reads no entropy.
     """
     compute, scored = BYTES[setting.compute_dtype], work.scored * work.fullest
-    if setting.supervised and not setting.trains_language:
+    if setting.scores_once:
         return min(scored * shape.vocabulary, LOGITS_AT_ONCE) * (2 * _FLOAT32 + compute)
     tile = min(scored, TOKEN_CHUNK_SIZE) * min(shape.vocabulary, VOCABULARY_TILE)
     gradient = shape.vocabulary * shape.hidden * _FLOAT32 if setting.trains_language else 0
@@ -129,15 +135,17 @@ def flops_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     """FLOPs of one micro-batch on one process: what they are for -> how many.
 
     A backward pass is twice the forward where weights train, once where only activations' gradients are needed; the LM
-    head's computes its logits again. A frozen tower is run forward alone; its attention is left out.
+    head's computes its logits again, where `scores_once` does not. A frozen tower is run forward alone; its attention
+    is left out.
     """
     forward = shape.trunk_flops(work.tokens, work.seen) * work.passes
     again = setting.checkpointing + (2 if setting.trains_language else 1)
     tower = 3 if "vision_encoder" in setting.trainable else 1
     reference = forward if setting.has_reference else 0.0
+    head = 2 if setting.scores_once else 4 if setting.trains_language else 3
     return {
         "vision encoder": tower * shape.vision_flops(work.visual),
         "language model, forward": forward + reference,
         "language model, backward": again * forward,
-        "LM head": (4 + setting.has_reference) * shape.head_flops(work.scored * work.passes),
+        "LM head": (head + setting.has_reference) * shape.head_flops(work.scored * work.passes),
     }

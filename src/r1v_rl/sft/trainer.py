@@ -85,7 +85,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         self._flat = args.packing or args.padding_free
         if self._flat:
             enable_packing(policy)
-        add_logprob_head(policy, temperature=1.0, float32_head=False, supervised=True)
+        add_logprob_head(policy, temperature=1.0, float32_head=False, logprobs_only=True, top1=True)
         self._features = _kept_features(policy, args)
         self._stop = StopOnSignal()
         if peft_config is not None:
