@@ -144,7 +144,8 @@ def worked_count(boxes: Sequence[Sequence[Row]], wanted: str) -> tuple[str, int]
 def _other_questions(row: Row, scene: Row, questions: Sequence[str]) -> Iterable[Row]:
     """Questions about the row's picture that it does not ask itself, drawn by its id, with the record's answers."""
     others = [question for question in questions if question != row["problem"]]
-    for number, problem in enumerate(random.Random(row["id"]).sample(others, MORE_QUESTIONS)):
+    drawn = random.Random(row["id"]).sample(others, min(MORE_QUESTIONS, len(others)))
+    for number, problem in enumerate(drawn):
         _, count = worked_count(shown_boxes(scene), _wanted(problem))
         yield {**row, "id": f"{row['id']}-{number}", "problem": problem, "answer": str(count)}
 
