@@ -10,6 +10,7 @@ from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.grpo.update import rows_to_run, spread, within_budget
+from r1v_rl.models import logprobs
 from r1v_rl.models.parts import part_module
 from r1v_rl.models.vision import run_without_graph_where_frozen
 from r1v_rl.models.vision_features import VisionFeatures
@@ -104,6 +105,15 @@ def test_spread_fills_the_places_and_keeps_gradients():
     assert filled.tolist() == [[1, 1, 1, 0, 0], [-2] * 5, [1, 1, 1, 0, 0], [-2] * 5]
     filled.sum().backward()
     assert values.grad.tolist() == [[1.0] * 3] * 2 and rest[0, 0] == -2.0
+
+
+@pytest.mark.parametrize(("entropy_coef", "once"), [(0.0, True), (0.1, False)])
+def test_a_head_that_does_not_train_computes_its_logits_once(model, tmp_path, monkeypatch, entropy_coef, once):
+    """Unless the loss has an entropy, whose gradient needs them again."""
+    called, real = [], logprobs._FrozenHead.apply
+    monkeypatch.setattr(logprobs._FrozenHead, "apply", lambda *args: (called.append(1), real(*args))[1])
+    trainer_with(model, tmp_path, some_equal, trainable=["projector"], entropy_coef=entropy_coef, max_steps=1).train()
+    assert bool(called) == once
 
 
 # ---- a token budget --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`r1v-rl plan`: sizes of the real model, FLOPs as torch counts them, and a plan that does not fit is refused."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 
 from r1v_rl import cli
 from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.models.logprobs import Scored, add_logprob_head
 from r1v_rl.models.packing import PackedLayout, enable_packing
 from r1v_rl.models.parts import PARTS, freeze_all_but, part_of
 from r1v_rl.plan.needs import Setting, Work, flops_of, memory_of
@@ -19,6 +21,8 @@ from r1v_rl.plan.work import grpo_work, sft_work
 from r1v_rl.sft.config import SFTConfig
 
 ROOT = Path(__file__).parents[2]
+IN_PLACE = {torch.ops.aten.addmm_: lambda to, a, b, **_: 2 * a[0] * a[1] * b[1]}
+"""Of the products, torch's counter knows all but this one: shapes in, FLOPs out."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,25 @@ def test_flops_are_those_that_torch_counts(shape):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.vision_tower(pixel_values=inputs["pixel_values"])
     assert counter.get_total_flops() == pytest.approx(shape.vision_flops(4), rel=0.35)  # attention, class token
+
+
+def test_the_heads_passes_are_those_that_torch_counts(shape):
+    """Products of one forward and backward of the trunk with its head; a change of the head changes them alone."""
+    scored = Scored(torch.tensor([3, 4, 9]), torch.tensor([50, 60, 70]), None)
+    counted, planned = [], []
+    for parts, only in ((("language_model",), False), (("projector",), False), (("projector",), True)):
+        model, _ = random_vlm()
+        freeze_all_but(model, ["language_model"])
+        model.lm_head.weight.requires_grad_(parts == ("language_model",))
+        add_logprob_head(model, temperature=1.0, float32_head=False, logprobs_only=only)
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            scores = model(input_ids=torch.arange(40, 52)[None], scored=scored)
+            (scores.logprobs.sum() if only else (scores.logprobs + scores.entropies).sum()).backward()
+        counted.append(counter.get_total_flops())
+        setting = Setting(parts, "float32", "float32", False, logprobs_only=only)
+        planned.append(flops_of(shape, Work(tokens=12, scored=3, seen=72, visual=0), setting)["LM head"])
+    assert [a - b for a, b in itertools.pairwise(counted)] == [a - b for a, b in itertools.pairwise(planned)]
+    assert planned[-1] == 2 * shape.head_flops(3)
 
 
 def test_memory_worked_by_hand():
