@@ -10,10 +10,11 @@ from r1v_rl.evaluate.prompts import DIRECT, Instructions
 from r1v_rl.evaluate.published import PUBLISHED
 from r1v_rl.recipe_values import convert
 from r1v_rl.scoring.chat_model import ChatModel
+from r1v_rl.scoring.config import JudgeEndpointConfig
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(JudgeEndpointConfig):
     """Keys of `r1v-rl evaluate` for benchmarks."""
 
     benchmarks: list[str] | None = field(
@@ -53,16 +54,6 @@ class BenchmarkConfig:
             "help": "Who judges answers: the rules alone, or the judge too where they cannot read one.",
             "choices": ["rules", "llm"],
         },
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "Name of the judge at its endpoint."})
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "Its OpenAI-compatible endpoint, http://host:port/v1; unset = OpenAI's."}
-    )
-    judge_api_key_env: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds its key."}
-    )
-    judge_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of its requests; unset = {temperature: 0}."}
     )
 
     def check_benchmarks(self) -> None:

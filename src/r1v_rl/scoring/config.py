@@ -1,4 +1,4 @@
-"""The recipe keys of the rewards that are named without a file."""
+"""The recipe keys of the judge, and of the rewards that are named without a file."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,23 @@ _DEFAULT = RewardSettings()
 
 
 @dataclass
-class NamedRewardConfig:
+class JudgeEndpointConfig:
+    """Which chat model is the judge, where it is, and what its requests say."""
+
+    judge_model: str | None = field(default=None, metadata={"help": "Name of the judge at its endpoint."})
+    judge_base_url: str | None = field(
+        default=None, metadata={"help": "Its OpenAI-compatible endpoint, http://host:port/v1; unset = OpenAI's."}
+    )
+    judge_api_key_env: str = field(
+        default=_DEFAULT.judge_api_key_env, metadata={"help": "Environment variable that holds its key."}
+    )
+    judge_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of its requests, such as {temperature: 0}, which is the default."}
+    )
+
+
+@dataclass
+class NamedRewardConfig(JudgeEndpointConfig):
     """Keys of reward functions of one's own, of `cosine`, `repetition_penalty` and `soft_overlong_punishment`
     (open-r1's), `judge` and `reward_model`."""
 
@@ -42,16 +58,6 @@ class NamedRewardConfig:
     soft_punish_cache: int = field(
         default=_DEFAULT.soft_punish_cache,
         metadata={"help": "soft_overlong_punishment: tokens before that over which the punishment grows."},
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "judge: name of the model at its endpoint."})
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "judge: OpenAI-compatible endpoint, http://host:port/v1; unset = OpenAI's."}
-    )
-    judge_api_key_env: str = field(
-        default=_DEFAULT.judge_api_key_env, metadata={"help": "judge: environment variable that holds its key."}
-    )
-    judge_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "judge: further arguments of its requests, such as {max_tokens: 100}."}
     )
     judge_timeout_s: float = field(
         default=_DEFAULT.judge_timeout_s, metadata={"help": "judge: seconds after which a question is asked again."}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from r1v_rl.recipe_values import convert
 from r1v_rl.scoring import judging
 from r1v_rl.scoring.chat_model import ChatModel, ChatQuestion
+from r1v_rl.scoring.config import JudgeEndpointConfig
 from r1v_rl.scoring.judging import fill, question_text
 from r1v_rl.types import Example
 
@@ -22,19 +23,9 @@ class WorkedAnswer:
 
 
 @dataclass
-class JudgeConfig:
+class JudgeConfig(JudgeEndpointConfig):
     """Who judges and revises worked answers."""
 
-    judge_model: str | None = field(default=None, metadata={"help": "Name of the judge at its endpoint."})
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "Its OpenAI-compatible endpoint, http://host:port/v1; unset = OpenAI's."}
-    )
-    judge_api_key_env: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds its key."}
-    )
-    judge_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of its requests, such as {temperature: 0}, which is the default."}
-    )
     judge_concurrency: int = field(default=16, metadata={"help": "Questions in flight at once, judge and reviser."})
     judge_timeout_s: float = field(default=120.0, metadata={"help": "Seconds after which a question is asked again."})
     judge_max_retries: int = field(default=5, metadata={"help": "How often, with growing pauses."})
