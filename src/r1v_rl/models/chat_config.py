@@ -96,7 +96,8 @@ def chat_config(config: InternVLConfig, *, tiles: Mapping[str, Any], version: st
     """A `config.json` of the `internvl_chat` layout for a model that never was in it.
 
     Args:
-        tiles: Settings of the image processor: `crop_to_patches`, `min_patches`, `max_patches`.
+        tiles: Settings of the image processor: `min_patches`, `max_patches`. InternVL's processor cuts whatever its
+            `crop_to_patches` says.
         version: Its `ps_version`.
     """
     vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
@@ -106,7 +107,7 @@ def chat_config(config: InternVLConfig, *, tiles: Mapping[str, Any], version: st
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "downsample_ratio": config.downsample_ratio,
-        "dynamic_image_size": bool(tiles["crop_to_patches"]),
+        "dynamic_image_size": tiles["max_patches"] > 1,
         "force_image_size": size,
         "hidden_size": text["hidden_size"],
         "llm_config": text,

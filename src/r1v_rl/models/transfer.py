@@ -153,7 +153,7 @@ def _check_tiles(config: PretrainedConfig, processor: InternVLProcessor, folder:
 
 
 def _check_context(processor: InternVLProcessor, llm: PreTrainedModel) -> None:
-    tiles = processor.image_processor.max_patches if processor.image_processor.crop_to_patches else 1
+    tiles = processor.image_processor.max_patches  # InternVL's processor cuts, whatever `crop_to_patches` says
     most = (tiles + (tiles > 1)) * processor.image_seq_length + 2
     if most >= llm.config.max_position_embeddings:
         raise UserError(
@@ -198,11 +198,10 @@ def _changes(
 
 def _kept(model: PreTrainedModel, processor: InternVLProcessor) -> dict[str, Any]:
     hashes, tiles = part_hashes(model), processor.image_processor
-    most = tiles.max_patches if tiles.crop_to_patches else 1
     return {
         "vision_encoder": hashes["vision_encoder"],
         "projector": hashes["projector"],
-        "tiles": f"at most {most} of {tiles.size['height']} px, {processor.image_seq_length} tokens each",
+        "tiles": f"at most {tiles.max_patches} of {tiles.size['height']} px, {processor.image_seq_length} tokens each",
     }
 
 
