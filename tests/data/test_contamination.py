@@ -1,6 +1,7 @@
 """Rows of the training set that are test rows: by words, by picture, and what is not mistaken for one."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,6 +136,8 @@ def test_duplicates_within_a_set():
         (QUESTION, drawing(6)), (OTHER, None), (f"{QUESTION} Explain.", again), prefix="d",
     )  # fmt: skip
     assert find_duplicates(examples, progress=False) == [(3, 0), (4, 1), (7, 1)]
+    other_answers = [replace(example, answer=str(i)) for i, example in enumerate(examples)]
+    assert find_duplicates(other_answers, progress=False) == []
 
 
 def test_scenes_of_the_two_splits_share_nothing():

@@ -166,7 +166,8 @@ def find_duplicates(
 ) -> list[tuple[int, int]]:
     """Pairs (later row, the earliest row that it repeats) within one set: the same words and pictures, or nearly so.
 
-    Two texts are the same where each holds `min_share` of the other's n-grams; all pictures must match, in order.
+    Two texts are the same where each holds `min_share` of the other's n-grams; all pictures must match, in order. Rows
+    with different answers are different questions, however alike they look ("... area?", "... perimeter?").
     """
     grams = [_grams(words(question_text(example))) for example in examples]
     hashes = hash_pictures([source for e in examples for source in e.images], progress=progress, label="pictures")
@@ -177,7 +178,8 @@ def find_duplicates(
         pictures = tuple(group_of[position : position + len(example.images)])
         position += len(example.images)
         shared = Counter(other for gram in grams[row] for other in rows_by_gram[pictures, gram])
-        same = (r for r, n in shared.items() if n >= min_share * max(len(grams[row]), len(grams[r])))
+        alike = (r for r, n in shared.items() if n >= min_share * max(len(grams[row]), len(grams[r])))
+        same = (r for r in alike if examples[r].answer == example.answer)
         original = min(same, default=None)
         if original is not None:
             repeated.append((row, original))
