@@ -81,12 +81,14 @@ def _parsed(text: str) -> Any:
 
 
 def scalar(text: str) -> Any:
-    """A command line's word as a recipe file would read it: a number, true, null, a list, or the text itself."""
+    """A command line's word as a recipe file would read it: a number, true, null, [list], {mapping}, or the text."""
     try:
         value = _parsed(text)
     except yaml.YAMLError:
         return text
-    return value if isinstance(value, NoneType | bool | int | float | list | dict) and text.strip() else text
+    is_flow = text.lstrip().startswith(("[", "{"))  # "Last: the answer" is text, not a mapping
+    kinds = (list, dict) if is_flow else (NoneType, bool, int, float)
+    return value if isinstance(value, kinds) and text.strip() else text
 
 
 def convert(value: Any, annotation: Any) -> Any:
@@ -122,7 +124,8 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
     if value is None and NoneType in members:
         return None
     if isinstance(value, str):
-        if value.lower() in _NULL and NoneType in members and str not in members:
+        nulls = {"null"} if str in members else _NULL  # "none" is a value of many a text key
+        if value.lower() in nulls and NoneType in members:
             return None
         if value.lstrip().startswith("{") and any((get_origin(m) or m) is dict for m in members):
             return _to_dict(value)

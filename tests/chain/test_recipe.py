@@ -1,12 +1,14 @@
 """The chain file: what it says, what the command line overrides, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from r1v_rl.chain.inputs import changed_inputs, stage_inputs
-from r1v_rl.chain.main import parse_arguments
+from r1v_rl.chain.main import _forwarded, parse_arguments
 from r1v_rl.chain.recipe import arguments, read_chain
+from r1v_rl.config import DataConfig, read_recipe
 from r1v_rl.errors import RecipeError
 from r1v_rl.tracking.manifest import RUN_MANIFEST
 
@@ -102,6 +104,17 @@ def test_values_become_words():
         "--a", "0.0001", "--b", "true", "--c", "null", "--d", '{"x": [1]}', "--e", "u", "v", "--f", "[]",
         "--g", "two words",
     ]  # fmt: skip
+
+
+def test_a_command_reads_what_the_chain_was_told(place):
+    """Text with a colon is text, and null is null, on its way through the chain and into `check` too."""
+    text = r"Put the answer last: inside \boxed{}"
+    given = ["--last.instruction", text, "--last.system_prompt", "null", "--last.dataset_kwargs", "{a: b}"]
+    options, overrides = parse_arguments([str(chain(place)), *given])
+    values = read_chain(Path(options.config), overrides=overrides).stage("last").overrides
+    recipe = read_recipe((DataConfig,), arguments({key: values[key] for key in overrides["last"]}))
+    assert recipe == {"instruction": text, "system_prompt": None, "dataset_kwargs": {"a": "b"}}
+    assert parse_arguments(_forwarded(read_chain(Path(options.config)), options, overrides))[1] == overrides
 
 
 def test_inputs_follow_recipe_parents_and_files(place):

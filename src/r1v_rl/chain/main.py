@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from r1v_rl.chain.recipe import Chain, read_chain
+from r1v_rl.chain.recipe import Chain, arguments, read_chain
 from r1v_rl.chain.runner import Runner, StageFailed
 from r1v_rl.errors import RecipeError
 from r1v_rl.recipe_values import scalar
@@ -115,11 +115,8 @@ def _forwarded(chain: Chain, options: argparse.Namespace, overrides: dict[str, d
     words = ["--config", str(chain.path), "--output_dir", str(chain.output_dir)]
     words += ["--seed", str(options.seed)] if options.seed is not None else []
     words += ["--until", options.until] if options.until else []
-    for stage, keys in overrides.items():
-        for key, value in keys.items():
-            words.append(f"--{stage}.{key}")
-            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return words
+    named = {f"{stage}.{key}": value for stage, keys in overrides.items() for key, value in keys.items()}
+    return words + arguments(named)
 
 
 def _show_plan(runner: Runner, until: int) -> None:

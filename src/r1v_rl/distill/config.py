@@ -121,7 +121,7 @@ class DistillConfig(JudgeConfig):
     serve_timeout_s: float = field(default=1800.0, metadata={"help": "Seconds that the server may take to start."})
     duplicate_share: float = field(
         default=0.8,
-        metadata={"help": "Rows with the same pictures and answer and so much of the text are duplicates; 0 = keep all."},
+        metadata={"help": "Rows with the same pictures, answer and so much of the text are duplicates; 0 = keep all."},
     )
     export_format: str = field(
         default="parquet", metadata={"help": "Of the data set.", "choices": ["parquet", "jsonl"]}

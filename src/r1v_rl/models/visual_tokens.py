@@ -41,7 +41,7 @@ class VisualTokens:
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the model takes of all the pictures, in order, as the processor makes it (`VISION_INPUTS`)."""
-        # the defaults of the whole processor go before the image processor's own: InternVL's cuts whatever that one says
+        # the whole processor's defaults go before the image processor's settings: InternVL's cuts whatever those say
         defaults = self._processor.valid_processor_kwargs._defaults.get("images_kwargs", {})
         return vision_inputs(self._processor.image_processor(images=[list(pictures)], return_tensors="pt", **defaults))
 
