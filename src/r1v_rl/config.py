@@ -24,6 +24,18 @@ MISPLACED_KEYS: Mapping[str, str] = {
 }
 """Keys that users of other libraries type and that no config class has, each with what to do instead."""
 
+OPERATIONAL_KEYS = frozenset(
+    {
+        "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s", "judge_max_retries",
+        "reviser_base_url", "reviser_api_key_env", "generator_base_url", "generator_api_key_env", "serve_timeout_s",
+        "judge_price", "reviser_price", "generator_price", "budget_calls", "budget_tokens", "budget_usd", "replies",
+        "vllm_gpu_memory_utilization", "vllm_kv_cache_memory_bytes", "vllm_tensor_parallel_size", "accelerate_config",
+        "reward_model_batch_size", "report_to", "logging_steps", "disable_tqdm", "save_total_limit",
+    }
+)  # fmt: skip
+"""Keys that say where, how fast and at what price a command runs, not what comes out: a run that goes on may set them
+otherwise, and nothing is made again because of them."""
+
 _SWITCH_NAMES: Mapping[str, dict[bool, str]] = {"scale_rewards": {True: "group", False: "none"}}
 """Text keys that TRL lets a user write as a boolean."""
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from r1v_rl.chain.recipe import Chain, Stage
 from r1v_rl.checkpoints import file_sha256
+from r1v_rl.config import OPERATIONAL_KEYS
 from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.tracking.manifest import RUN_MANIFEST
 from r1v_rl.tracking.redaction import redact
 
-_NOT_INPUTS = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
+_NOT_INPUTS = OPERATIONAL_KEYS | {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
 _HASHED_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".yaml", ".py", ".txt", ".jinja", ".safetensors"}
 
 
@@ -29,11 +30,12 @@ def stage_inputs(stage: Stage, chain: Chain) -> dict[str, Any]:
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, in a user's words."""
+    """What differs, in a user's words; nothing where the result would be the same."""
     words = []
     for kind, name in (("recipe", "key"), ("parents", "stage"), ("files", "file")):
         old, new = before.get(kind, {}), now[kind]
-        words += [f"{name} {key}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        keys = sorted({*old, *new} - (_NOT_INPUTS if kind == "recipe" else set()))
+        words += [f"{name} {key}" for key in keys if old.get(key) != new.get(key)]
     return words + (["command"] if before.get("command") != now["command"] else [])
 
 

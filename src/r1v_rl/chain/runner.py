@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -17,8 +18,10 @@ from r1v_rl.chain.process import Children
 from r1v_rl.chain.recipe import Chain, Stage, arguments
 from r1v_rl.chain.table import StageRow, StageTable, compare_parts
 from r1v_rl.checkpoints import checkpoint_folders
+from r1v_rl.durable import replacing
 from r1v_rl.errors import CheckpointError
 from r1v_rl.evaluate.record import read_evaluation
+from r1v_rl.scoring.replies import REPLIES
 
 _LOCK_WAIT_S = 60.0
 """A killed run's children take a moment to go, on GPUs a long one."""
@@ -60,9 +63,8 @@ class Runner:
             return Plan(stage, "run", "not done yet")
         if row is None:
             return Plan(stage, "replace", f"{stage.folder} was not made by this chain")
-        inputs = stage_inputs(stage, self.chain)
-        if row.inputs != inputs:
-            return Plan(stage, "replace", f"changed since it was made: {', '.join(changed_inputs(row.inputs, inputs))}")
+        if changed := changed_inputs(row.inputs, stage_inputs(stage, self.chain)):
+            return Plan(stage, "replace", f"changed since it was made: {', '.join(changed)}")
         if read_manifest(stage.folder) is not None:
             return Plan(stage, "skip", "done, inputs unchanged")
         return Plan(stage, "resume", "begun, not complete")
@@ -225,9 +227,14 @@ def locked(output_dir: Path) -> Iterator[int]:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename a folder that another recipe made: nothing that was computed is deleted."""
+    """Rename a folder that another recipe made: nothing that was computed is deleted, and what judges were asked is
+    there for the new one too."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
         number += 1
     os.rename(folder, aside)
+    if (aside / REPLIES).is_file():
+        folder.mkdir()
+        with replacing(folder / REPLIES) as copied:
+            shutil.copyfile(aside / REPLIES, copied)
     return aside

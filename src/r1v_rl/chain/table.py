@@ -56,8 +56,10 @@ class StageTable:
             ) from error
 
     def write(self, order: Sequence[str]) -> None:
-        """Both files, the stages in this order; rows of stages that the chain no longer has are dropped."""
-        rows = [{"name": name, **asdict(self.rows[name])} for name in order if name in self.rows]
+        """Both files, the stages in this order; stages that the chain no longer has stay known, should it have them
+        again, and are not shown."""
+        known = sorted(self.rows, key=lambda name: order.index(name) if name in order else len(order))
+        rows = [{"name": name, **asdict(self.rows[name])} for name in known]
         replace_file(self.output_dir / TABLE_JSON, (json.dumps({"stages": rows}, indent=1) + "\n").encode())
         replace_file(self.output_dir / TABLE_MARKDOWN, (self.markdown(order) + "\n").encode())
 

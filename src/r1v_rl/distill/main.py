@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from r1v_rl.config import dump_recipe, read_recipe
+from r1v_rl.config import OPERATIONAL_KEYS, dump_recipe, read_recipe
 from r1v_rl.distill.config import CONFIGS, Recipe, build_recipe
 from r1v_rl.distill.estimate import estimate, table
 from r1v_rl.distill.export import DATASET, ROWS, export, summarize, summary_lines
@@ -23,13 +23,6 @@ from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
 from r1v_rl.tracking.redaction import redact
 
 CONFIG = "config.yaml"
-NOT_IN_RESULT = (
-    "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s", "judge_max_retries",
-    "reviser_base_url", "reviser_api_key_env", "generator_base_url", "generator_api_key_env", "serve_timeout_s",
-    "vllm_gpu_memory_utilization", "vllm_kv_cache_memory_bytes", "vllm_tensor_parallel_size", "budget_calls",
-    "budget_tokens", "budget_usd", "judge_price", "reviser_price", "generator_price", "replies",
-)  # fmt: skip
-"""Keys that say where and at what price a run happens, not what comes out."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,7 +103,7 @@ def prompts_sha256(recipe: Recipe) -> str:
 
 def _fingerprint(recipe: Recipe, source: Source) -> str:
     """Of everything that the result follows from: recipe, rows, weights."""
-    keys = {key: value for key, value in recipe.values.items() if key not in (*NOT_IN_RESULT, "dry_run")}
+    keys = {key: value for key, value in recipe.values.items() if key not in OPERATIONAL_KEYS | {"dry_run"}}
     model = weights_sha256(str(recipe.distill.model_name_or_path))
     known = dump_recipe(redact(keys)), source.data_hash, model, prompts_sha256(recipe)
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()

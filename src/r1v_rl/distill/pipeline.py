@@ -25,11 +25,11 @@ from r1v_rl.errors import UserError
 from r1v_rl.rollout.vllm_server import vllm_server
 from r1v_rl.scoring.budget import Budget
 from r1v_rl.scoring.format import prompt_opens_think
-from r1v_rl.scoring.replies import ReplyStore
+from r1v_rl.scoring.replies import REPLIES, ReplyStore
 from r1v_rl.tiny.parts import resolve_part
 from r1v_rl.types import Example
 
-REPLIES, SERVER_LOG = "replies.jsonl", "server.log"
+SERVER_LOG = "server.log"
 
 
 @dataclass(frozen=True)

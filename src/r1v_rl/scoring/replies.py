@@ -14,6 +14,9 @@ from r1v_rl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+REPLIES = "replies.jsonl"
+"""Where a command keeps them in its `output_dir`."""
+
 
 def content_key(*parts: Any) -> str:
     """sha256 of JSON values: equal for equal content, whatever the order of a mapping's keys."""

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from r1v_rl.checkpoints import checkpoint_folders, file_sha256
-from r1v_rl.config import dump_recipe, read_recipe
+from r1v_rl.config import OPERATIONAL_KEYS, dump_recipe, read_recipe
 from r1v_rl.data.dataset import load_configured_examples
 from r1v_rl.distill.main import distill
 from r1v_rl.durable import fault_point, replace_file
 from r1v_rl.errors import UserError
 from r1v_rl.scoring.judging import MAX_SCORE
-from r1v_rl.scoring.replies import ReplyStore
+from r1v_rl.scoring.replies import REPLIES, ReplyStore
 from r1v_rl.scoring.scorer_config import Scorer
 from r1v_rl.scoring.scorers import make_scorer
 from r1v_rl.sft.iterate.answering import answer_rows, missing_parts, read_parts
@@ -41,14 +41,7 @@ from r1v_rl.types import Example
 
 logger = logging.getLogger(__name__)
 
-CONFIG, STATE, REPLIES, TOP_SCORE = "config.yaml", "state.json", "replies.jsonl", "top_score.parquet"
-MAY_CHANGE = (
-    "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s", "judge_max_retries",
-    "reviser_base_url", "reviser_api_key_env", "vllm_gpu_memory_utilization", "vllm_kv_cache_memory_bytes",
-    "vllm_tensor_parallel_size", "accelerate_config", "reward_model_batch_size", "report_to", "logging_steps",
-    "disable_tqdm", "save_total_limit",
-)  # fmt: skip
-"""Keys that a resumed run may set otherwise: they change where and how fast it runs, not what comes out."""
+CONFIG, STATE, TOP_SCORE = "config.yaml", "state.json", "top_score.parquet"
 _OF_THE_ROUND = (CONFIG, RUN_MANIFEST, METRICS_FILE, REPORT)
 _PER_ROUND = ("taus", "learning_rates")
 _NAMED = 5
@@ -151,7 +144,9 @@ def _refuse_other_run(run: Run) -> None:
         begun = sum(round.summary_path.exists() for round in run.rounds)
         then = yaml.safe_load((run.output_dir / CONFIG).read_text())
         changed = [
-            key for key in {**then, **now} if key not in (*MAY_CHANGE, *_PER_ROUND) and then.get(key) != now.get(key)
+            key
+            for key in {**then, **now}
+            if key not in OPERATIONAL_KEYS.union(_PER_ROUND) and then.get(key) != now.get(key)
         ]
         changed += [key for key in _PER_ROUND if _rounds_of(then, key)[:begun] != _rounds_of(now, key)[:begun]]
         changed = [f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed]
