@@ -104,6 +104,10 @@ def test_iterate(check, vlm, tmp_path):
     assert code == 0 and "2: score >= 1 at 1, score >= 5 at 2" in out and "can be kept as parquet" in out, err
     code, _, err = check("iterate", {**recipe, "scorer": "scores.py:six"})
     assert code == 2 and "scorer: " in err and "six" in err
+    tested = {"eval_dataset_name": "scenes", "eval_dataset_split": "train", "contamination_check": "refuse"}
+    tested |= {"eval_dataset_size": 40, "eval_dataset_kwargs": SFT["dataset_kwargs"]}
+    code, _, err = check("iterate", {**recipe, **tested})
+    assert code == 2 and "overlap: 40 of 40 training rows overlap" in err
     code, _, err = check("iterate", {**recipe, "taus": [1]})
     assert code == 2 and "`taus` and `learning_rates` must have one entry for each round" in err
 

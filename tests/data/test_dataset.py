@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from r1v_rl.data.dataset import examples_from_rows
+from r1v_rl.data.dataset import examples_from_rows, rows_sha256
 from r1v_rl.errors import DataError
 
 RED = Image.new("RGB", (8, 8), "red")
@@ -167,6 +167,19 @@ def test_an_answer_may_be_missing_where_no_reward_reads_it():
 def test_a_bad_row_is_refused_by_its_id(row, message):
     with pytest.raises(DataError, match=rf"row geo/7: .*{message}"):
         examples_from_rows([{"id": "geo/7", **row}])
+
+
+def test_the_hash_of_rows_is_of_all_that_they_say(tmp_path):
+    RED.save(tmp_path / "a.png")
+    row = {"id": "a", "prompt": "<image>?", "answer": "1", "choices": ["1", "2"], "images": RED}
+
+    def hashed(**changes):
+        return rows_sha256([one({**row, **changes}, image_root=tmp_path)])
+
+    hashes = [hashed(), hashed(images=BLUE), hashed(choices=["1", "3"]), hashed(answer="2"), hashed(images="a.png")]
+    Image.new("RGB", (9, 50), "blue").save(tmp_path / "a.png")
+    hashes.append(hashed(images="a.png"))
+    assert len(set(hashes)) == 6 and hashed(images="a.png") == hashes[-1] and hashed() == hashes[0]
 
 
 def test_duplicate_ids_are_refused():

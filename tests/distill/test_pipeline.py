@@ -204,4 +204,13 @@ def test_dry_run_asks_nobody(undisturbed, model, server, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert not server.requests and not (tmp_path / "out/manifest.json").exists()
     assert [line.split()[2] for line in log.splitlines() if line.startswith("assess")] == ["20"]
+
+
+def test_nothing_is_paid_for_rows_of_a_benchmark(model, server, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", NUM_ROWS)
+    write_rows(tmp_path / "tested.jsonl", 3)
+    benchmarks = [f"math500={tmp_path}/tested.jsonl"]
+    assert run(tmp_path, model, server.base_url, dry_run=True, contamination_benchmarks=benchmarks) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert [line.split()[2] for line in log.splitlines() if line.startswith("assess")] == ["17"]
     assert chain(1).startswith("<think>")

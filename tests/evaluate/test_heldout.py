@@ -7,8 +7,9 @@ from random_vlm import save_random_vlm
 
 from r1v_rl import cli
 from r1v_rl.config import DataConfig
+from r1v_rl.evaluate.answer_file import AnswerFile
 from r1v_rl.evaluate.heldout import EvaluationConfig, evaluate_model
-from r1v_rl.evaluate.record import read_evaluation
+from r1v_rl.evaluate.record import files_of, read_evaluation
 from r1v_rl.rollout.hf import TransformersEngine
 
 KEYS = {
@@ -65,6 +66,32 @@ def test_the_command_leaves_a_record_that_is_found_again(tmp_path, capsys):
     assert read_evaluation(folder, {**KEYS, "seed": 1}) is None
     (folder / "manifest.json").write_text('{"stage": "grpo"}')
     assert read_evaluation(folder, KEYS) is None
+
+
+def test_corrected_rows_are_asked_again(tmp_path, model, capsys):
+    """An evaluation of other rows is no record, and nothing to go on with."""
+    rows = tmp_path / "rows.jsonl"
+    keys = {"eval_dataset_name": str(rows), "max_completion_length": 2, "use_vllm": False, "blank_images": False}
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    words = ["evaluate", "--model_name_or_path", model, "--output_dir", str(tmp_path), *words]
+    for answer in ("1", "2"):
+        rows.write_text(json.dumps({"id": "a", "problem": "What is 1 + 1?", "answer": answer}) + "\n")
+        if answer == "2":
+            assert json.loads((tmp_path / "evaluation.json").read_text())["files"] != files_of(keys)
+            assert cli.main([*words, "--resume", "true"]) == 2
+            assert "are of another run: the rows are other ones" in capsys.readouterr().err
+        assert cli.main(words) == 0
+        assert json.loads((tmp_path / "evaluation.jsonl").read_text())["gold"] == answer
+
+
+def test_a_second_evaluation_leaves_the_answers_of_a_running_one(tmp_path, model, capsys):
+    running = AnswerFile(tmp_path / "evaluation.jsonl")
+    running.append([{"set": "pictures", "id": "a", "sample": 0}])
+    words = [word for key, value in KEYS.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+    assert cli.main(["evaluate", "--model_name_or_path", model, "--output_dir", str(tmp_path), *words]) == 2
+    assert "is in use by another evaluation" in capsys.readouterr().err
+    assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 1
+    running.close()
 
 
 @pytest.mark.parametrize(

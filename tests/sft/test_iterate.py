@@ -198,6 +198,17 @@ def test_ctrl_c_while_it_trains_leaves_a_checkpoint_and_no_process(model, tmp_pa
         ({"scorer": "rubric"}, "needs `judge_model`"),
         ({"scorer": "nowhere.py:f"}, "nowhere.py"),
         ({"judge_modle": "x"}, "Did you mean `judge_model`"),
+        ({"eval_strategy": "epoch", "instruction": "Count."}, "leave out `eval_strategy`"),
+        (
+            {
+                "contamination_check": "refuse",
+                "eval_dataset_name": "scenes",
+                "eval_dataset_split": "train",
+                "eval_dataset_size": 12,
+                "eval_dataset_kwargs": {"num_images": 1},
+            },
+            "12 of 12 training rows overlap with",
+        ),
         ({"model_name_or_path": None}, "must set `model_name_or_path`"),
     ],
 )

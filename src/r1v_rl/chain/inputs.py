@@ -1,6 +1,5 @@
 """What a stage depends on: its resolved recipe, its parents' manifests, and the files that the recipe names."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,11 +9,11 @@ from r1v_rl.chain.recipe import Chain, Stage
 from r1v_rl.checkpoints import file_sha256
 from r1v_rl.config import OPERATIONAL_KEYS
 from r1v_rl.tiny.parts import resolve_part
+from r1v_rl.tracking.fingerprint import fingerprint
 from r1v_rl.tracking.manifest import RUN_MANIFEST
 from r1v_rl.tracking.redaction import redact
 
 _NOT_INPUTS = OPERATIONAL_KEYS | {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
-_HASHED_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".yaml", ".py", ".txt", ".jinja", ".safetensors"}
 
 
 def stage_inputs(stage: Stage, chain: Chain) -> dict[str, Any]:
@@ -69,10 +68,8 @@ def _fingerprints(value: Any, output_dir: Path, key: str = "") -> Iterator[tuple
         path = _existing_path(value)
         if path is None or path.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
             return
-        if path.is_file():
-            yield value, file_sha256(path)
-        elif output_dir.resolve() not in path.resolve().parents:
-            yield value, folder_fingerprint(path, pictures_only=key == "dataset_root")
+        if path.is_file() or output_dir.resolve() not in path.resolve().parents:
+            yield value, fingerprint(path, pictures_only=key == "dataset_root")
 
 
 def _existing_path(value: str) -> Path | None:
@@ -82,16 +79,3 @@ def _existing_path(value: str) -> Path | None:
         return next((path for path in candidates if path.exists()), None)
     except (OSError, ValueError):  # too long for a path, a zero byte, no such part (a UserError)
         return None
-
-
-def folder_fingerprint(folder: Path, pictures_only: bool = False) -> str:
-    """Hash over a folder: its manifest where it has one, else its files; pictures count by name and size alone."""
-    if (folder / RUN_MANIFEST).is_file():
-        return file_sha256(folder / RUN_MANIFEST)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if pictures_only and path.suffix in _HASHED_SUFFIXES:
-            continue
-        content = file_sha256(path) if path.suffix in _HASHED_SUFFIXES else str(path.stat().st_size)
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()

@@ -159,7 +159,7 @@ class Runner:
                     raise StageFailed(f"the evaluation of {folder}", code or 1)
                 measured = True
             row.evaluations[inside] = {
-                key: value for key, value in found.items() if key not in ("settings", "versions")
+                key: value for key, value in found.items() if key not in ("settings", "files", "versions")
             }
             self.table.write(self.order)
         return measured

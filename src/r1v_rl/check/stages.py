@@ -124,6 +124,7 @@ def check_iterate(values: dict[str, Any], report: Report) -> None:
     examples = report.look("data", lambda: _data(recipe.data, recipe.training.seed, report))
     if examples is not None:
         report.look("columns", lambda: _columns(examples))
+    _overlap(examples, _heldout(recipe.heldout, recipe.data, recipe.training.seed, report), recipe.data, report)
     report.look("model", lambda: _trained_model(model, recipe.data, report))
     report.look("batch", lambda: _training_batch(None, recipe.training))
 
@@ -138,7 +139,7 @@ def check_distill(values: dict[str, Any], report: Report) -> None:
     asked = {"assessed": config.judge_model, "revised": config.reviser_model}
     report.look("asked", lambda: (", ".join(f"{what} by {name or 'nobody'}" for what, name in asked.items()), None))
     examples = report.look("data", lambda: _data(recipe.data, config.seed, report))
-    _heldout(recipe.heldout, recipe.data, config.seed, report)
+    _overlap(examples, _heldout(recipe.heldout, recipe.data, config.seed, report), recipe.data, report)
     if examples is not None:
         report.look("columns", lambda: _columns(examples))
     report.look("model", lambda: _processor(config.model_name_or_path, recipe.data, report))

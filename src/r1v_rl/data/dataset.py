@@ -1,12 +1,14 @@
 """A dataset -> a sequence of examples, every row of it checked before anything trains."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r1v_rl.config import DataConfig, HeldoutConfig
-from r1v_rl.data.images import check_image
+from r1v_rl.data.images import check_image, image_hash
 from r1v_rl.data.rows import RowReader
 from r1v_rl.data.sources import ArrowRows, open_source, shown_faults
 from r1v_rl.errors import DataError, RecipeError
@@ -124,6 +126,20 @@ def heldout_examples(
         dataset_kwargs=heldout.eval_dataset_kwargs,
     )
     return load_configured_examples(rows, split=heldout.eval_dataset_split, answer_required=answer_required, seed=seed)
+
+
+def rows_sha256(examples: Iterable[Example]) -> str:
+    """Hash of all that a row says, its pictures included: those on the disk by their sizes, else by their content."""
+    digest = hashlib.sha256()
+    for example in examples:
+        said = [example.id, example.answer, example.messages, example.columns]
+        digest.update(json.dumps(said, default=str).encode())
+        for source in example.images:
+            if isinstance(source, str | Path):
+                digest.update(str(Path(source).stat().st_size).encode())
+            else:
+                digest.update(source if isinstance(source, bytes) else image_hash(source).encode())
+    return digest.hexdigest()
 
 
 def examples_from_rows(

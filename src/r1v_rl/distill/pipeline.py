@@ -1,7 +1,5 @@
 """The steps of a distillation, in order. Each reads what is kept and asks only for what is missing."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,7 +11,7 @@ from transformers import AutoConfig
 
 from r1v_rl.data.chat import check_prompt_lengths, load_processor, prompt_text
 from r1v_rl.data.contamination import find_duplicates, find_overlaps
-from r1v_rl.data.dataset import heldout_examples, load_configured_examples
+from r1v_rl.data.dataset import heldout_examples, load_configured_examples, rows_sha256
 from r1v_rl.data.export import example_schema
 from r1v_rl.distill import assess
 from r1v_rl.distill.config import DistillConfig, Recipe
@@ -22,6 +20,7 @@ from r1v_rl.distill.length import Scores, repetition_penalty, scaled_scores, tok
 from r1v_rl.distill.records import EXPORTED, Row
 from r1v_rl.distill.revise import Selection
 from r1v_rl.errors import UserError
+from r1v_rl.evaluate.tested_rows import tested_rows
 from r1v_rl.rollout.vllm_server import vllm_server
 from r1v_rl.scoring.budget import Budget
 from r1v_rl.scoring.format import prompt_opens_think
@@ -69,10 +68,7 @@ def read_source(recipe: Recipe) -> Source:
     rows = [Row(example, opens[index], excluded.get(index, "")) for index, example in enumerate(examples)]
     if len(excluded) == len(rows):
         raise UserError(f"none of {len(rows)} rows is left: row {examples[0].id} is {excluded[0]}")
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.id, example.answer, example.messages], default=str).encode())
-    return Source(rows, processor, longest, digest.hexdigest())
+    return Source(rows, processor, longest, rows_sha256(examples))
 
 
 def _excluded(recipe: Recipe, examples: Sequence[Example]) -> dict[int, str]:
@@ -82,9 +78,9 @@ def _excluded(recipe: Recipe, examples: Sequence[Example]) -> dict[int, str]:
         for later, first in find_duplicates(examples, min_share=recipe.distill.duplicate_share, progress=False):
             found[later] = f"a duplicate of row {examples[first].id}"
     heldout = heldout_examples(recipe.heldout, recipe.data, recipe.distill.seed)
-    if heldout and recipe.data.contamination_check != "off":
+    if tested := tested_rows(heldout, recipe.data):
         position = {example.id: index for index, example in enumerate(examples)}
-        for overlap in find_overlaps(examples, heldout, progress=False):
+        for overlap in find_overlaps(examples, tested, progress=False):
             found[position[overlap.train_id]] = f"evaluation row {overlap.test_id} ({overlap.kind})"
     return found
 

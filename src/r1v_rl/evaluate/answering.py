@@ -1,22 +1,17 @@
 """Sets of rows -> every answer with its verdict, chunk by chunk into a file that only grows; what is in it stays."""
 
 import copy
-import fcntl
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from r1v_rl.durable import fault_point
-from r1v_rl.errors import UserError
 from r1v_rl.evaluate.accuracy import Answered, judge_completions
+from r1v_rl.evaluate.answer_file import AnswerFile
 from r1v_rl.rollout.engine import RolloutEngine, Sampling
 from r1v_rl.rollout.prompts import EncodedPrompt, prompt_encoder
 from r1v_rl.types import Completion, Example
@@ -48,66 +43,6 @@ class Asking:
     with_vision_inputs: bool
     """Whether the engine takes processed pictures (transformers) or makes its own (vLLM)."""
     judge: Judge | None = None
-
-
-class AnswerFile:
-    """One line of JSON an answer, in the order of the rows; None for a path keeps them in memory."""
-
-    def __init__(self, path: Path | None):
-        self._path = path
-        self.rows: list[dict[str, Any]] = []
-        if path is None:
-            return
-        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  (open as long as the run)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise UserError(
-                f"{path} is in use by another evaluation; wait for it, or name another `output_dir`"
-            ) from error
-
-    def close(self) -> None:
-        """Let other processes have the file."""
-        if self._path is not None:
-            self._file.close()
-
-    def take_over(self, chunks: Sequence["Chunk"]) -> int:
-        """Read what an earlier run left and cut the file behind its last whole chunk; returns how many there are.
-
-        Raises:
-            UserError: If the file holds answers to other rows.
-        """
-        if self._path is None:
-            return 0
-        self._file.seek(0)
-        data = self._file.read()
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
-        position, whole = 0, 0
-        for chunk in chunks:
-            part = [json.loads(line) for line in lines[position : position + len(chunk.keys)]]
-            if [(row["set"], row["id"], row["sample"]) for row in part] != chunk.keys[: len(part)]:
-                raise UserError(f"{self._path} holds answers to other rows; delete it, or set `resume: false`")
-            if len(part) < len(chunk.keys):
-                break
-            position, whole = position + len(part), whole + 1
-            self.rows += part
-        self._file.truncate(sum(map(len, lines[:position])))
-        os.fsync(self._file.fileno())
-        return whole
-
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """They are on the disk when this returns."""
-        self.rows += rows
-        if self._path is None:
-            return
-        data = answer_lines(rows)
-        fault_point("answers_write")
-        for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
-            while piece:
-                piece = piece[self._file.write(piece) or 0 :]
-            fault_point("answers_write")
-        os.fsync(self._file.fileno())
 
 
 @dataclass(frozen=True)
@@ -147,7 +82,7 @@ def answer_sets(
         start_engine: Context manager of the engine; not called where nothing is missing.
     """
     chunks = chunks_of(sets, asking.chunk_size)
-    done = answers.take_over(chunks)
+    done = answers.take_over(chunk.keys for chunk in chunks)
     spent = {"seconds": 0.0, "tokens": 0.0}
     if done == len(chunks):
         return spent
@@ -220,11 +155,6 @@ def _answer_row(name: str, row: Answered, sample: int) -> dict[str, Any]:
         "reason": row.verdict.reason,
         "judged_by": row.judged_by,
     }
-
-
-def answer_lines(answers: Sequence[dict]) -> bytes:
-    """One JSON object a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers).encode()
 
 
 @contextmanager

@@ -9,12 +9,15 @@ from typing import Any
 from r1v_rl.checkpoints import file_sha256
 from r1v_rl.durable import replace_file
 from r1v_rl.errors import UserError
+from r1v_rl.evaluate.answer_file import AnswerFile
+from r1v_rl.tracking.fingerprint import fingerprint
 from r1v_rl.tracking.manifest import RUN_MANIFEST
 from r1v_rl.tracking.redaction import redact
 
 EVALUATION, ANSWERS = "evaluation.json", "evaluation.jsonl"
 TABLE, PAGE = "evaluation.md", "evaluation.html"
 STATE = "evaluation.state.json"
+_ROWS = ("eval_dataset_name", "text_dataset_name", "dataset_root")
 _NO_MATTER = ("model_name_or_path", "output_dir", "resume", "compare")
 
 
@@ -23,44 +26,59 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(values.items()) if key not in _NO_MATTER}
 
 
+def files_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> fingerprint of the rows that are asked and of their pictures, where they are files."""
+    found = {}
+    for key in _ROWS:
+        if values.get(key) and (path := Path(str(values[key]))).exists():
+            found[str(path)] = fingerprint(path, pictures_only=key == "dataset_root")
+    return found
+
+
 def read_evaluation(folder: Path, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The folder's `evaluation.json`, if it belongs to the folder's manifest and to these recipe keys."""
+    """The folder's `evaluation.json`, if it belongs to the folder's manifest, these recipe keys and their files."""
     try:
         record = json.loads((folder / EVALUATION).read_text())
     except (FileNotFoundError, ValueError):
         return None
     same_model = record.get("manifest_sha256") == file_sha256(folder / RUN_MANIFEST)
-    return record if same_model and record.get("settings") == settings_of(values) else None
+    same_rows = record.get("settings") == settings_of(values) and record.get("files", {}) == files_of(values)
+    return record if same_model and same_rows else None
 
 
-def begin(output_dir: Path, values: Mapping[str, Any], resume: bool | None) -> None:
-    """Make `output_dir` ready for answers: those of an unfinished run of the same recipe and model stay in it.
+def begin(output_dir: Path, values: Mapping[str, Any], resume: bool | None, answers: AnswerFile) -> None:
+    """Make `output_dir` ready for answers: those of an unfinished run of the same recipe, rows and model stay in it.
+
+    Args:
+        answers: Of `output_dir`, and open: another evaluation that writes there must not lose its own.
 
     Raises:
-        UserError: If `resume` is true and what stands there is of another recipe or model, or nothing does.
+        UserError: If `resume` is true and what stands there is of other rows, recipe or model, or nothing does.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    now = json.loads(json.dumps({"settings": redact(settings_of(values)), "model": _model_of(values)}, default=str))
+    state = {"settings": redact(settings_of(values)), "files": files_of(values), "model": _model_of(values)}
+    now = json.loads(json.dumps(state, default=str))
     path = output_dir / STATE
     try:
         then = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         then = None
-    if then == now and resume is not False and (output_dir / ANSWERS).exists():
+    if then == now and resume is not False and not answers.is_new:
         return
     if resume:
-        raise UserError(f"`resume: true`: {_why_not(output_dir, then, now)}; set `resume: false` to begin anew")
-    (output_dir / ANSWERS).unlink(missing_ok=True)
+        why = f"{output_dir} holds no answers to go on with" if answers.is_new else _why_not(output_dir, then, now)
+        raise UserError(f"`resume: true`: {why}; set `resume: false` to begin anew")
+    answers.clear()
     replace_file(path, (json.dumps(now, indent=1) + "\n").encode())
 
 
 def _why_not(output_dir: Path, then: dict | None, now: dict) -> str:
-    if then is None or not (output_dir / ANSWERS).exists():
+    if then is None:
         return f"{output_dir} holds no answers to go on with"
     old, new = then.get("settings") or {}, now["settings"]
     changed = [
         f"`{key}` was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
     ]
+    changed += ["the rows are other ones"] if then.get("files") != now["files"] else []
     changed += ["the model is another one"] if then.get("model") != now["model"] else []
     return f"the answers in {output_dir} are of another run: {'; '.join(changed)}"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from r1v_rl.config import DataConfig, build_configs
+from r1v_rl.config import DataConfig, HeldoutConfig, build_configs
 from r1v_rl.errors import RecipeError
 from r1v_rl.recipe_values import convert
 from r1v_rl.rollout.engine import Sampling
@@ -120,6 +120,7 @@ class Recipe:
     iterate: IterateConfig
     scorers: ScorerConfig
     data: DataConfig
+    heldout: HeldoutConfig
     training: SFTConfig
 
     @property
@@ -149,11 +150,20 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     configs = dict(zip(CONFIGS, build_configs(CONFIGS, values), strict=True))
     if configs[ModelConfig].use_peft:
         raise RecipeError("`use_peft` must be false: every round starts from whole weights; name parts in `trainable`")
-    return Recipe(values, configs[IterateConfig], configs[ScorerConfig], configs[DataConfig], configs[SFTConfig])
+    data, heldout = configs[DataConfig], configs[HeldoutConfig]
+    if values.get("eval_strategy", "no") != "no" and (data.system_prompt or data.instruction):
+        raise RecipeError(
+            "a round's rows hold `system_prompt` and `instruction` already, and its held-out rows would not: leave out "
+            "`eval_strategy`, or write both texts into the rows of both data sets"
+        )
+    return Recipe(values, configs[IterateConfig], configs[ScorerConfig], data, heldout, configs[SFTConfig])
 
 
 def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe that go to `sft` in every round: not those of the dataset, which the round replaces."""
-    data = {f.name for f in fields(DataConfig)} - {"max_image_tiles"}
-    known = {f.name for config in SFT_CONFIGS for f in fields(config) if f.init} - data
+    """The keys of a recipe that go to `sft` in every round: not those of the dataset, which the round replaces (it was
+    compared with the test rows before the first one), nor held-out rows whose loss nobody asks for."""
+    dropped = {f.name for f in fields(DataConfig)} - {"max_image_tiles"}
+    if values.get("eval_strategy", "no") == "no":
+        dropped |= {f.name for f in fields(HeldoutConfig)}
+    known = {f.name for config in SFT_CONFIGS for f in fields(config) if f.init} - dropped
     return {key: value for key, value in values.items() if key in known}

@@ -1,6 +1,5 @@
 """`r1v-rl iterate`: rounds of iterative fine-tuning, each resumed where it was interrupted."""
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import yaml
 
 from r1v_rl.checkpoints import checkpoint_folders, file_sha256
 from r1v_rl.config import OPERATIONAL_KEYS, dump_recipe, read_recipe
-from r1v_rl.data.dataset import load_configured_examples
+from r1v_rl.data.dataset import heldout_examples, load_configured_examples, rows_sha256
 from r1v_rl.distill.main import distill
 from r1v_rl.durable import fault_point, replace_file
 from r1v_rl.errors import UserError
@@ -37,6 +36,7 @@ from r1v_rl.tracking.manifest import RUN_MANIFEST, write_run_manifest
 from r1v_rl.tracking.metrics import METRICS_FILE, read_metrics
 from r1v_rl.tracking.redaction import redact
 from r1v_rl.tracking.report import REPORT, write_report
+from r1v_rl.training.launch import say_contamination
 from r1v_rl.types import Example
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,11 @@ def _prepare(values: dict[str, Any]) -> Run:
     scorer = make_scorer(recipe.scorers)
     examples = load_configured_examples(recipe.data, seed=recipe.training.seed)
     check_columns(examples)
-    rows = hashlib.sha256()
-    for example in examples:
-        rows.update(json.dumps([example.id, example.answer, example.messages], default=str).encode())
+    tested = heldout_examples(recipe.heldout, recipe.data, recipe.training.seed, answer_required=False)
+    say_contamination(examples, tested, recipe.data)
     output_dir = Path(values["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(recipe, scorer, output_dir, examples, rows.hexdigest())
+    run = Run(recipe, scorer, output_dir, examples, rows_sha256(examples))
     if run.iterate.distill_recipe is not None:
         run.distill_values(run.rounds[0], str(values["model_name_or_path"]))
     _refuse_other_run(run)
