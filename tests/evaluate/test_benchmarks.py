@@ -1,5 +1,7 @@
 """Every benchmark is read from its published layout, asked as R1V asks, and its own gold answers are right."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from published_layouts import ROWS, encoded, make_all
 
@@ -103,6 +105,16 @@ def test_a_line_that_asks_for_the_bare_letter_is_dropped():
     assert prompt_of(question, PLAIN) == "Which one?\nA. x\nB. y\n\nCHOICE"
     assert prompt_of(question, Instructions("", "")) == "Which one?\nA. x\nB. y"
     assert "step by step" not in prompt_of(question, DIRECT) and "step by step" in prompt_of(question, Instructions())
+
+
+def test_a_set_in_several_files_is_read_whole(tmp_path):
+    (tmp_path / "main").mkdir()
+    for part in range(2):
+        rows = [{"question": f"{part} + {i}?", "answer": f"#### {part + i}"} for i in range(3)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "main" / f"test-0000{part}-of-00002.parquet")
+    examples = load_benchmark(BENCHMARKS["gsm8k"], PLAIN, path=str(tmp_path))
+    assert [example.id for example in examples] == [str(i) for i in range(6)]
+    assert [example.answer for example in examples] == ["0", "1", "2", "1", "2", "3"]
 
 
 def test_a_file_a_folder_and_what_is_missing(root, tmp_path):

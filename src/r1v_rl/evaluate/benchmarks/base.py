@@ -85,10 +85,10 @@ def load_benchmark(
     reader = RowReader(system_prompt=system_prompt, images_without_marks="prepend")
     rows: list[dict[str, Any]] = []
     for source in _sources(benchmark, root, path, size, seed):
-        for position, row in enumerate(source.rows):
+        for row in source.rows:
             if size is not None and len(rows) >= size:
                 break
-            rows.append(_row(_read(benchmark, row, position), source.root, instructions))
+            rows.append(_row(_read(benchmark, row, len(rows)), source.root, instructions))
     if not rows:
         raise DataError(f"benchmark {benchmark.name} has no rows")
     return check_examples(rows, reader, name=f"benchmark {benchmark.name}", keep=True)
@@ -183,10 +183,10 @@ def _under(benchmark: Benchmark, root: Path) -> str:
 
 
 def _local(benchmark: Benchmark, folder: Path) -> list[Source]:
-    """A local copy: a file that the benchmark names, a folder a configuration, a data file called by the split."""
+    """A local copy: files that the benchmark names, a folder a configuration, a data file called by the split."""
     for pattern in benchmark.files:
         if found := sorted(folder.glob(pattern)):
-            return [Source(open_source(str(found[0]), **_PLAIN, split=benchmark.split).rows, folder)]
+            return [Source(open_source(str(file), **_PLAIN, split=benchmark.split).rows, folder) for file in found]
     parts = [folder / config for config in benchmark.configs if config and (folder / config).is_dir()]
     return [_open(str(part), benchmark, None) for part in parts or [folder]]
 
