@@ -320,8 +320,42 @@ def flip_a_bit(file: Path) -> None:
 def test_prune_keeps_the_best_one_beside_the_newest(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step)
-    deleted = checkpoints.prune(tmp_path, 2, also=tmp_path / "checkpoint-1")
+    deleted = checkpoints.prune(tmp_path, 2, also=[tmp_path / "checkpoint-1"])
     assert [p.name for p in deleted] == ["checkpoint-2"]
+
+
+def test_prune_never_deletes_the_one_just_written(tmp_path):
+    for step in (8, 10, 6):
+        save(tmp_path, step)
+    assert [p.name for p in checkpoints.prune(tmp_path, 1, also=[tmp_path / "checkpoint-6"])] == ["checkpoint-8"]
+    assert steps(tmp_path) == [6, 10]
+
+
+def test_later_ones_are_set_aside_whole_and_are_never_taken_or_deleted(tmp_path):
+    for step in (5, 8, 10):
+        save(tmp_path, step)
+    aside = checkpoints.set_aside_after(tmp_path, 5)
+    assert [path.name for path in aside] == ["checkpoint-10.replaced-1", "checkpoint-8.replaced-1"]
+    assert [checkpoints.verify(path) for path in aside] == [[], []]
+    save(tmp_path, 8)
+    assert [path.name for path in checkpoints.set_aside_after(tmp_path, 5)] == ["checkpoint-8.replaced-2"]
+    assert checkpoints.latest_complete(tmp_path) == tmp_path / "checkpoint-5"
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-5")
+    assert checkpoints.clean_leftovers(tmp_path) == checkpoints.prune(tmp_path, 1) == []
+
+
+def test_killed_while_later_ones_are_set_aside_the_first_ones_stay(tmp_path):
+    for step in (5, 8, 10, 12):
+        save(tmp_path, step)
+    assert run_in_child(lambda: set_aside_and_die(tmp_path, 2)) == -signal.SIGKILL
+    assert steps(tmp_path) == [5, 8, 10]
+    checkpoints.set_aside_after(tmp_path, 5)
+    assert steps(tmp_path) == [5] and len(list(tmp_path.glob("*.replaced-1"))) == 3
+
+
+def set_aside_and_die(output_dir: Path, number: int) -> None:
+    kill_before_file_operation(number, output_dir)
+    checkpoints.set_aside_after(output_dir, 5)
 
 
 def test_prune_never_deletes_the_last_good_one(tmp_path):

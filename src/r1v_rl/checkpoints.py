@@ -10,13 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from r1v_rl.durable import fault_point, fsync, write_file
+from r1v_rl.durable import fault_point, fsync, set_aside, write_file
 from r1v_rl.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,9 @@ def step_of(path: Path | str) -> int | None:
     return int(match[1]) if match else None
 
 
-def prune(output_dir: Path | str, keep: int | None, *, also: Path | None = None) -> list[Path]:
+def prune(output_dir: Path | str, keep: int | None, *, also: Collection[Path] = ()) -> list[Path]:
     """Delete checkpoints beyond the `keep` newest good ones (None keeps all) and return what was deleted; `also` (the
-    best one) stays.
+    best one, the one just written) stay.
 
     Only folders older than the newest one that verifies byte by byte are ever deleted, so a good one always stays; a
     torn folder does not count as kept.
@@ -148,9 +148,9 @@ def prune(output_dir: Path | str, keep: int | None, *, also: Path | None = None)
     newest_good = next((index for index, path in enumerate(folders) if not verify(path)), None)
     if newest_good is None:
         return []
-    kept, deleted = 1, []
+    kept, deleted, stay = 1, [], {path.name for path in also}
     for path in folders[newest_good + 1 :]:
-        if also is not None and path.name == also.name:
+        if path.name in stay:
             continue
         if kept < keep and not _problems(path, hashes=False):
             kept += 1
@@ -158,6 +158,14 @@ def prune(output_dir: Path | str, keep: int | None, *, also: Path | None = None)
         _delete(path)
         deleted.append(path)
     return deleted
+
+
+def set_aside_after(output_dir: Path | str, step: int) -> list[Path]:
+    """Rename every `checkpoint-N` of a later step, so that none is taken for one of the run that goes on from `step`.
+
+    The newest goes first: after a kill in between, those left are still a run's first ones.
+    """
+    return [set_aside(path) for path in checkpoint_folders(output_dir) if (step_of(path) or 0) > step]
 
 
 def clean_leftovers(output_dir: Path | str) -> list[Path]:

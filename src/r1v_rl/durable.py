@@ -73,6 +73,16 @@ def replacing(path: Path) -> Iterator[Path]:
     fault_point("file_write")
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a folder whose place is wanted for another: nothing that was computed is deleted. Returns its new name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    fsync(folder.parent)
+    return aside
+
+
 def _write_all(file, data: memoryview) -> None:
     """A raw write may take less than it was given, as on a disk that is filling up."""
     while data:

@@ -18,7 +18,7 @@ from r1v_rl.chain.process import Children
 from r1v_rl.chain.recipe import Chain, Stage, arguments
 from r1v_rl.chain.table import StageRow, StageTable, compare_parts
 from r1v_rl.checkpoints import checkpoint_folders
-from r1v_rl.durable import replacing
+from r1v_rl.durable import replacing, set_aside
 from r1v_rl.errors import CheckpointError
 from r1v_rl.evaluate.record import read_evaluation
 from r1v_rl.scoring.replies import REPLIES
@@ -227,12 +227,8 @@ def locked(output_dir: Path) -> Iterator[int]:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename a folder that another recipe made: nothing that was computed is deleted, and what judges were asked is
-    there for the new one too."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
-        number += 1
-    os.rename(folder, aside)
+    """Make room for another recipe's folder; what judges were asked is there for the new one too."""
+    aside = set_aside(folder)
     if (aside / REPLIES).is_file():
         folder.mkdir()
         with replacing(folder / REPLIES) as copied:

@@ -104,7 +104,8 @@ class ExactResume(Trainer):
             meta = {"step": self.state.global_step, "weights": weights, "run": self._fingerprint()}
             checkpoints.commit(folder, target, meta)
             best = self.state.best_model_checkpoint
-            checkpoints.prune(target.parent, self.args.save_total_limit, also=Path(best) if best else None)
+            also = [target, *([Path(best)] if best else [])]
+            checkpoints.prune(target.parent, self.args.save_total_limit, also=also)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -180,6 +181,8 @@ class ExactResume(Trainer):
         if self.accelerator.is_main_process:
             try:
                 found[0] = str(self._checkpoint_to_resume(wanted))
+                if not isinstance(wanted, bool):
+                    self._leave_later_ones(found[0])
             except CheckpointError as error:
                 found[1] = str(error)
         broadcast_object_list(found)
@@ -202,6 +205,14 @@ class ExactResume(Trainer):
         if reason := self._refusal(checkpoints.read_meta(found)["run"]):
             raise CheckpointError(f"{found} {reason}")
         return found
+
+    def _leave_later_ones(self, checkpoint: str) -> None:
+        """Checkpoints of later steps are of a course that this run leaves: `true` would go back to it."""
+        if aside := checkpoints.set_aside_after(self.args.output_dir, checkpoints.read_meta(checkpoint)["step"]):
+            logger.warning(
+                f"the run goes on from {checkpoint}; checkpoints of later steps are kept in {self.args.output_dir} as "
+                f"{', '.join(path.name for path in reversed(aside))}"
+            )
 
     def _refusal(self, then: dict) -> str:
         """Why this run cannot go on from a checkpoint of a run of that fingerprint; empty where it can."""
