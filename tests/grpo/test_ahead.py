@@ -210,6 +210,16 @@ def test_what_only_some_processes_have_is_asked_for_again_by_all(model, tmp_path
     assert list(trainer._ahead._begun) == [4]
 
 
+def test_groups_are_replaced_after_a_resume_among_generations_sampled_ahead(model, tmp_path):
+    """Nothing has handed the engine weights by then: what it was to sample before is in the checkpoint."""
+    changes = {"k": 2, "dynamic_sampling": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    alike = {"reward": lambda completion_ids, **_: [1.0] * len(completion_ids)}
+    ahead_trainer(model, tmp_path, **changes, **alike).train()
+    resumed = ahead_trainer(model, tmp_path, **changes, **alike)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert logged(tmp_path, "dynamic_sampling/rounds") == [1.0] * 5
+
+
 def test_closing_twice_and_beginning_again(model, tmp_path):
     ahead = RolloutsAhead(1)
     ahead.close()

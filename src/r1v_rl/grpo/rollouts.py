@@ -202,6 +202,8 @@ class GroupRollouts(GRPOResume):
             if not self.accelerator.reduce(asked, reduction="sum"):
                 break
             rounds += 1
+            if self._engine_version is None:  # resumed among generations that were sampled ahead
+                self._sync_engine()
             if rows:
                 fresh, judged = self._fresh_groups(rows, generation_seed(self.args.seed, generation, rank, rounds))
                 for index in (index for index, row in enumerate(judged.rewards) if differs(row)):
