@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from random_vlm import picture, random_vlm, save_random_vlm
+from transformers import GenerationConfig
 
 from r1v_rl.data.dataset import examples_from_rows
 from r1v_rl.rollout.engine import Sampling
@@ -15,6 +17,7 @@ from r1v_rl.rollout.vllm_inprocess import VllmEngine
 QUESTIONS = ["How many red circles?", "Which color is most frequent, and how many of the shapes have it?", "Count."] * 2
 PENALTIES = [1.0, 2.0, 1.3, 1.1, 1.7, 1.0]
 LIMITS = [24, 24, 9, 24, 1, 17]
+EXTRAS = [{}, {"no_repeat_ngram_size": 3}]
 GREEDY = Sampling(num_generations=1, max_tokens=LIMITS, temperature=0.0, repetition_penalty=PENALTIES)
 
 
@@ -57,6 +60,27 @@ def test_transformers_alone_and_in_a_padded_batch(setting, slow):
     ]
     assert together == alone
     assert [len(ids) for ids in together] == LIMITS
+
+
+@pytest.mark.parametrize("as_lora", [False, True])
+def test_what_the_model_says_of_generation_is_not_added(setting, as_lora):
+    """`extra` of the recipe still is."""
+    _, model, processor, prompts = setting
+    own = GenerationConfig(repetition_penalty=1.5, no_repeat_ngram_size=2, min_new_tokens=8, bad_words_ids=[[7]])
+    plain = model.generation_config
+    policy = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")) if as_lora else model
+    banned = placeholder_ids(model.config)
+    engine = TransformersEngine(policy, processor.tokenizer, eos_token_ids=[-1], banned_token_ids=banned)
+    found = []
+    for config in (plain, own):
+        model.generation_config = config
+        found.append([tokens(engine.generate(prompts, replace(GREEDY, extra=extra), seed=0)) for extra in EXTRAS])
+        assert model.generation_config is config
+    model.generation_config = plain
+    if as_lora:
+        policy.unload()
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1], "extra did nothing"
 
 
 def test_a_penalty_is_the_formula(setting, slow):

@@ -1,11 +1,13 @@
 """Rollouts by transformers' `generate`: slow, and the reference that the fast engine is held against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -110,7 +112,8 @@ class TransformersEngine:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             arguments = self._arguments(sampling, limits, inputs)
-            output = self._policy.generate(**inputs, **vision, **arguments, streamer=streamer, synced_gpus=False)
+            with _without_defaults(self._policy):
+                output = self._policy.generate(**inputs, **vision, **arguments, streamer=streamer, synced_gpus=False)
         self._policy.train(was_training)
         new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._completion(ids[:most]) for ids, (most, _) in zip(new_tokens, limits, strict=True)]
@@ -151,6 +154,18 @@ class TransformersEngine:
         return Completion(
             token_ids=kept, logprobs=[], text=text, is_truncated=end is None, weight_version=self._version
         )
+
+
+@contextmanager
+def _without_defaults(policy: Any) -> Iterator[None]:
+    """The recipe alone decides: `generate` would add what the model's generation_config.json says, such as a penalty,
+    which vLLM does not."""
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Streamer(TextStreamer):
