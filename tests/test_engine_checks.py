@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from random_vlm import random_vlm
+from grpo import tiny_run
+from random_vlm import random_vlm, save_random_vlm
+from sft import tiny_sft
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -33,6 +35,16 @@ def test_processes_with_bare_models_are_refused(kind):
         check_engine(launched(kind), nn.Linear(2, 2))
     with pytest.raises(UserError, match="would not exchange gradients"):
         check_engine(launched(DistributedType.DEEPSPEED, zero_stage=3), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("tiny", [tiny_run, tiny_sft])
+def test_one_process_with_several_gpus_is_refused(tmp_path, monkeypatch, tiny):
+    """transformers would wrap the model in `nn.DataParallel`, which cuts packed rows and pictures anywhere."""
+    model = save_random_vlm(tmp_path / "model")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    tiny.make_trainer(model, tmp_path)  # `use_cpu`
+    with pytest.raises(UserError, match=r"sees 2 GPUs.*accelerate launch --num_processes 2.*CUDA_VISIBLE_DEVICES"):
+        tiny.make_trainer(model, tmp_path, use_cpu=False)
 
 
 def test_another_engine_than_the_launch_file_asks_for_is_refused(monkeypatch):

@@ -46,7 +46,7 @@ from r1v_rl.rollout.engine import RolloutEngine
 from r1v_rl.scoring.format import prompt_opens_think
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
 from r1v_rl.tracking.completions import RolloutStore
-from r1v_rl.training.engines import prepare_engine, shards_weights
+from r1v_rl.training.engines import check_devices, prepare_engine, shards_weights
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.signals import StopOnSignal
 
@@ -81,6 +81,7 @@ class GRPOTrainer(HeldoutEvaluation):
         peft_config: Any = None,
         engine: RolloutEngine | None = None,
     ):
+        check_devices(args)
         policy, self.ref_model, processor = prepare_models(model, processing_class, args, peft_config)
         self.share_prefix = shares_prefix(args, policy, self.ref_model)
         self._stop = StopOnSignal()

@@ -25,7 +25,7 @@ from r1v_rl.sft.config import SFTConfig
 from r1v_rl.sft.packing import RowBatches, RowLoader, pack, shuffled
 from r1v_rl.sft.rows import TargetRows
 from r1v_rl.tracking.callbacks import drop_default_console, tracking_callbacks
-from r1v_rl.training.engines import prepare_engine, shards_weights
+from r1v_rl.training.engines import check_devices, prepare_engine, shards_weights
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.other_ranks import ACCUMULATION, PER_DEVICE, RANKS, Rows
@@ -71,6 +71,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         optimizers: tuple = (None, None),
         peft_config: Any = None,
     ):
+        check_devices(args)
         policy = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
         args.model_init_kwargs = None  # used up
         processor = processing_class or load_processor(policy.name_or_path)

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from r1v_rl.errors import UserError
 from r1v_rl.models.parts import encoder_modules
@@ -42,6 +42,19 @@ def frozen_modules(model: nn.Module, accelerator: Accelerator) -> list[nn.Module
         for module in encoder_modules(model)
         if not any(parameter.requires_grad for parameter in module.parameters())
     ]
+
+
+def check_devices(args: TrainingArguments) -> None:
+    """Before anything is loaded: one process trains on one GPU.
+
+    Raises:
+        UserError: If it sees more: `nn.DataParallel` would cut packed rows and pictures anywhere.
+    """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process sees {args.n_gpu} GPUs: start one process for each with `accelerate launch --num_processes "
+            f"{args.n_gpu}`, or name the one to use in CUDA_VISIBLE_DEVICES"
+        )
 
 
 def prepare_engine(trainer: Trainer) -> None:
