@@ -18,7 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from r1v_rl.data.chat import load_processor
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.config import GRPOConfig
-from r1v_rl.models.logprobs import add_logprob_head
+from r1v_rl.models.logprobs import add_logprob_head, check_head
 from r1v_rl.models.packing import enable_packing, why_not_packed
 from r1v_rl.models.parts import freeze_all_but
 from r1v_rl.models.sharding import is_sharded, reshard, unsharded_twin, whole_state
@@ -67,6 +67,7 @@ def prepare_models(
     if peft_config is not None:
         from peft import get_peft_model
 
+        check_head(policy, peft_config)
         set_seed(args.seed)  # every process starts with the same adapter
         policy = get_peft_model(policy, peft_config)
         if args.gradient_checkpointing:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 
+from r1v_rl.errors import RecipeError
 from r1v_rl.models.last_layer import READ, skip_unread_rows
 from r1v_rl.models.packing import why_not_packed
 from r1v_rl.models.vision import VisionOnce
@@ -99,6 +100,21 @@ def add_logprob_head(
         return TokenScores(logprobs, entropies, is_top1)
 
     model.forward = types.MethodType(forward, model)
+
+
+def check_head(model: PreTrainedModel, peft_config: Any) -> None:
+    """Raises RecipeError where an adapter is to stand beside the LM head: only the head's own weight is read here."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    if getattr(peft_config, "target_modules", None) and check_target_module_exists(peft_config, name):
+        is_tied = head.weight is model.get_input_embeddings().weight
+        raise RecipeError(
+            f"`lora_target_modules` must not name the LM head ({name}): its adapter would be part of rollouts, and "
+            f"never train. Leave it out (`all-linear` does)"
+            + ("" if is_tied else f", or train the whole head: `lora_modules_to_save: [{name}]`")
+        )
 
 
 def _vocabulary_tile(hidden: Float[Tensor, "M D"]) -> int:

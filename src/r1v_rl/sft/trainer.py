@@ -16,7 +16,7 @@ from r1v_rl.data.dataset import as_examples
 from r1v_rl.errors import RecipeError, UserError
 from r1v_rl.models.blank_picture import BlankPicture
 from r1v_rl.models.families import token_positions, vision_inputs
-from r1v_rl.models.logprobs import Scored, add_logprob_head
+from r1v_rl.models.logprobs import Scored, add_logprob_head, check_head
 from r1v_rl.models.packing import enable_packing
 from r1v_rl.models.parts import freeze_all_but
 from r1v_rl.models.vision_features import VisionFeatures
@@ -90,6 +90,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         self._features = _kept_features(policy, args)
         self._stop = StopOnSignal()
         if peft_config is not None:
+            check_head(policy, peft_config)
             set_seed(args.seed)  # every process starts with the same adapter
         packing, padding_free = args.packing, args.padding_free
         args.packing = args.padding_free = False  # TRL's own, which is for text
