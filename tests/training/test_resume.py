@@ -1,12 +1,19 @@
 """What a resume does with the rest of the folder, and what a checkpoint keeps beside weights and optimizer."""
 
+import json
 import logging
 
 import pytest
+import torch
 from random_vlm import save_random_vlm
 from sft.tiny_sft import make_trainer
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from r1v_rl import checkpoints
+from r1v_rl.errors import RecipeError
+from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.sft.config import SFTConfig
 from r1v_rl.state_files import weight_hash
 
 
@@ -35,3 +42,53 @@ def test_from_the_newest_checkpoint_nothing_is_set_aside(model, tmp_path):
     again.train(resume_from_checkpoint=True)
     assert weight_hash(again.model.state_dict()) == weight_hash(trainer.model.state_dict())
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_scale_of_fp16_gradients_goes_on(model, tmp_path):
+    """The scaler of a CPU: it grows at every second step."""
+
+    def train(resume):
+        trainer = make_trainer(model, tmp_path, max_steps=3)
+        scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        trainer.train(resume_from_checkpoint=resume)
+        return scaler.state_dict(), weight_hash(trainer.model.state_dict())
+
+    wanted = train(None)
+    assert (wanted[0]["scale"], wanted[0]["_growth_tracker"]) == (16.0, 1)
+    assert train(str(tmp_path / "checkpoint-1")) == wanted
+
+
+class CountSteps(TrainerCallback, ExportableState):
+    def __init__(self, count: int = 0):
+        self.count = count
+
+    def on_step_end(self, *_, **__):
+        self.count += 1
+
+    def state(self):
+        return {"args": {"count": self.count}, "attributes": {}}
+
+
+def test_what_callbacks_keep_is_of_the_step_that_was_saved(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, max_steps=2)
+    for count in (0, 10):
+        trainer.add_callback(CountSteps(count))
+    trainer.train()
+    for step in (1, 2):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert [one["args"]["count"] for one in state["stateful_callbacks"]["CountSteps"]] == [step, 10 + step]
+    resumed = make_trainer(model, tmp_path, max_steps=3, restore_callback_states_from_checkpoint=True)
+    resumed.add_callback(CountSteps())
+    resumed.add_callback(CountSteps())
+    resumed.train(resume_from_checkpoint=True)
+    assert [c.count for c in resumed.callback_handler.callbacks if isinstance(c, CountSteps)] == [3, 13]
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, SFTConfig])
+def test_checkpoints_are_not_pushed(tmp_path, config):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "hub_model_id": "a/b"}
+    for strategy in ("every_save", "checkpoint", "all_checkpoints"):
+        config(**settings, hub_strategy=strategy)
+        with pytest.raises(RecipeError, match=f"`hub_strategy: {strategy}` would push.*set `hub_strategy: end`"):
+            config(**settings, hub_strategy=strategy, push_to_hub=True)
+    assert config(**settings, hub_strategy="end", push_to_hub=True).push_to_hub

@@ -14,7 +14,7 @@ from r1v_rl.rollout.servers import ServerSettings
 from r1v_rl.rollout.vllm_server import LOOPBACK
 from r1v_rl.scoring.config import NamedRewardConfig
 from r1v_rl.scoring.rules import RewardSettings
-from r1v_rl.training.trained_parts import TrainedPartsConfig
+from r1v_rl.training.trained_parts import TrainedPartsConfig, check_hub
 
 REFUSED_KEYS = {
     "cache_implementation": "completions come from vLLM, or from transformers' own default cache",
@@ -254,6 +254,7 @@ class GRPOConfig(TrainedPartsConfig, NamedRewardConfig, trl.GRPOConfig):
         if self.scale_rewards not in ("group", "batch", "none"):
             raise RecipeError(f"`scale_rewards` must be group, batch or none, not `{self.scale_rewards}`.")
         self.check_parts()
+        check_hub(self)
         if self.grounding_every < 0 or self.grounding_size < 2 or set(self.grounding_controls) - set(CONTROLS):
             raise RecipeError(
                 f"`grounding_every` must be 0 or more, `grounding_size` at least 2, `grounding_controls` of "

@@ -7,7 +7,7 @@ import trl
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.recipe_values import convert
-from r1v_rl.training.trained_parts import TrainedPartsConfig
+from r1v_rl.training.trained_parts import TrainedPartsConfig, check_hub
 
 REFUSED_KEYS = {
     "assistant_only_loss": "the loss is on the last turn of the assistant alone, in every row",
@@ -90,6 +90,7 @@ class SFTConfig(TrainedPartsConfig, trl.SFTConfig):
             if (value := getattr(self, key)) not in choices:
                 raise RecipeError(f"`{key}` must be {' or '.join(choices)}, not `{value}`.")
         self.check_parts()
+        check_hub(self)
         if self.packing and self.max_length is None:
             raise RecipeError("`packing` needs `max_length`: the tokens of a packed row.")
 

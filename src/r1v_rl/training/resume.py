@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForImageTextToText, Trainer, TrainerControl, TrainerState, set_seed
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from r1v_rl import checkpoints
@@ -98,6 +99,8 @@ class ExactResume(Trainer):
         if is_main:
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(target.parent / f"checkpoint-{self.state.best_global_step}")
+            callbacks = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+            self.state.stateful_callbacks = TrainerState(stateful_callbacks=callbacks).stateful_callbacks
             self.state.save_to_json(str(folder / _TRAINER_STATE))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -131,6 +134,7 @@ class ExactResume(Trainer):
         return {
             "optimizer": optimizer_state(self.optimizer, engine_name(self.accelerator)),
             "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "random": _random_states(),
         }
 
@@ -293,6 +297,8 @@ class ExactResume(Trainer):
         """Put back what `_exact_state` kept; the random states wait for the data loader to be in its place."""
         load_optimizer_state(self.optimizer, state["optimizer"], engine_name(self.accelerator))
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self._random_states = state["random"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

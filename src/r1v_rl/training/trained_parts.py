@@ -2,10 +2,22 @@
 
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.parts import PARTS
 
 VISION_FEATURES = ("recompute", "cache")
+
+
+def check_hub(args: TrainingArguments) -> None:
+    """Raises RecipeError where checkpoints are to be pushed to the hub."""
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise RecipeError(
+            f"`hub_strategy: {HubStrategy(args.hub_strategy).value}` would push checkpoints, and only the final model "
+            f"is pushed: set `hub_strategy: end`."
+        )
 
 
 @dataclass
