@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -92,3 +94,23 @@ def test_checkpoints_are_not_pushed(tmp_path, config):
         with pytest.raises(RecipeError, match=f"`hub_strategy: {strategy}` would push.*set `hub_strategy: end`"):
             config(**settings, hub_strategy=strategy, push_to_hub=True)
     assert config(**settings, hub_strategy="end", push_to_hub=True).push_to_hub
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the first step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_same_process(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, max_steps=3)
+    trainer.add_callback(Interrupt())
+    trainer.train()
+    assert (trainer.stopped_by, trainer.state.global_step) == (signal.SIGINT, 1)
+    trainer.train(resume_from_checkpoint=True)
+    assert (trainer.stopped_by, trainer.state.global_step) == (None, 3)
+    trainer._stop.received = signal.SIGINT
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.stopped_by is None, "nothing was left to be stopped"

@@ -165,6 +165,7 @@ class ExactResume(Trainer):
             return self._train(resume_from_checkpoint, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, **kwargs) -> Any:
+        self._stop.received = None  # the signal of an earlier call; none is heard before training begins
         if self.accelerator.is_main_process:
             checkpoints.clean_leftovers(self.args.output_dir)
         if resume_from_checkpoint:
