@@ -7,16 +7,19 @@ import signal
 
 import pytest
 import torch
+from grpo import tiny_run
 from random_vlm import save_random_vlm
 from sft.tiny_sft import make_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from r1v_rl import checkpoints
-from r1v_rl.errors import RecipeError
+from r1v_rl.errors import CheckpointError, RecipeError
 from r1v_rl.grpo.config import GRPOConfig
+from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.sft.config import SFTConfig
 from r1v_rl.state_files import weight_hash
+from r1v_rl.training.other_ranks import refusal
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,49 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_process(model, tmp_path):
     trainer._stop.received = signal.SIGINT
     trainer.train(resume_from_checkpoint=True)
     assert trainer.stopped_by is None, "nothing was left to be stopped"
+
+
+SHARED = {
+    "lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.5, "max_grad_norm": 0.5, "adam_beta2": 0.5,
+    "projector_learning_rate": 1e-3, "chat_template_kwargs": {"a": 1},
+}  # fmt: skip
+OF_GRPO = {
+    "epsilon": 0.1, "epsilon_high": 0.3, "scale_rewards": "none", "reward_weights": [2.0], "top_p": 0.5, "top_k": 3,
+    "mask_truncated_completions": True, "entropy_coef": 0.1, "generation_kwargs": {"seed": 1}, "answer_kind": "text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(tiny_run.make_trainer, {**SHARED, **OF_GRPO}), (make_trainer, SHARED)],
+    ids=["grpo", "sft"],
+)
+def test_what_the_weights_follow_from_must_be_as_it_was(model, tmp_path, make, changes):
+    trainer = make(model, tmp_path, max_steps=1)
+    trainer.args.chat_template_kwargs = {"b": 1, "a": 2}  # in no order
+    trainer.train()
+    for key, value in changes.items():
+        was = getattr(trainer.args, key)
+        setattr(trainer.args, key, value)
+        with pytest.raises(CheckpointError, match=rf"belongs to another run.*: {key} was [^<>]+, is [^<>]+$"):
+            trainer._checkpoint_to_resume(True)
+        setattr(trainer.args, key, was)
+    for key, value in {"max_steps": 9, "num_train_epochs": 9, "save_steps": 9, "output_dir": str(tmp_path)}.items():
+        setattr(trainer.args, key, value)
+    assert trainer._checkpoint_to_resume(True) == tmp_path / "checkpoint-1"
+
+
+def test_the_reward_functions_must_be_the_same(model, tmp_path):
+    tiny_run.make_trainer(model, tmp_path, max_steps=1).train()
+    other = tiny_run.make_trainer(model, tmp_path, reward=tiny_run.early_token_reward)
+    with pytest.raises(CheckpointError, match=r"reward_funcs was \['token_reward'\], is \['early_token_reward'\]"):
+        other._checkpoint_to_resume(True)
+    other.reward_stage = RewardStage([tiny_run.token_reward], other.args)
+    assert other._checkpoint_to_resume(True) == tmp_path / "checkpoint-1"
+
+
+def test_a_key_that_an_earlier_version_did_not_write_down_is_no_reason():
+    now = {"num_processes": 1, "engine": None, "data": "a", "epsilon": 0.2}
+    then = {key: value for key, value in now.items() if key != "epsilon"}
+    assert refusal(then, now, {}) == ""
+    assert "data was 'b', is 'a'" in refusal({**then, "data": "b"}, now, {})

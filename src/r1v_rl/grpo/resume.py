@@ -14,21 +14,32 @@ from r1v_rl.grpo.ahead import RolloutsAhead, shared_ahead
 from r1v_rl.grpo.batch import GenerationBatch
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.metrics import Metrics
+from r1v_rl.grpo.rewards import RewardStage
 from r1v_rl.grpo.sampler import MicroSteps, PromptSampler, chosen
 from r1v_rl.grpo.tail import Tail, shared_tail
 from r1v_rl.models.families import token_positions
 from r1v_rl.rollout.prompts import EncodedPrompt, encode_prompt
 from r1v_rl.tracking.completions import RolloutStore
 from r1v_rl.training.other_ranks import ACCUMULATION, PER_DEVICE, PER_GENERATION, RANKS, Rows, ranks
-from r1v_rl.training.resume import ExactResume
+from r1v_rl.training.resume import KEYS_OF_AN_UPDATE, ExactResume
 from r1v_rl.types import Example
 
 _MUST_AGREE = (
-    "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
-    "num_iterations", "max_completion_length", "temperature", "loss_type", "beta", "seed", "data_seed",
-    "shuffle_dataset", "trainable", "learning_rate", "optim", "use_vllm",
-    "share_prefix", "skip_zero_advantage", "max_staleness", "dynamic_sampling",
+    *KEYS_OF_AN_UPDATE,
+    # rollouts
+    "num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "generation_kwargs", "use_vllm", "max_staleness", "dynamic_sampling",
     "over_provision", "partial_rollouts",
+    # rewards
+    "reward_weights", "multi_objective_aggregation", "scale_rewards", "answer_kind", "format_pattern",
+    "cosine_max_len", "cosine_max_value_correct", "cosine_max_value_wrong", "cosine_min_value_correct",
+    "cosine_min_value_wrong", "repetition_max_penalty", "repetition_n_grams", "soft_punish_cache", "max_completion_len",
+    # loss
+    "beta", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_bias_correction_kl", "epsilon",
+    "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_neg", "sapo_temperature_pos",
+    "entropy_coef", "top_entropy_quantile", "mask_truncated_completions", "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+    "disable_dropout", "cast_lm_head_to_fp32", "share_prefix", "skip_zero_advantage",
 )  # fmt: skip
 
 
@@ -41,6 +52,7 @@ class GRPOResume(ExactResume):
     train_examples: Sequence[Example]
     sampler: PromptSampler
     metrics: Metrics
+    reward_stage: RewardStage
     ref_model: Any
     rollout_store: RolloutStore | None
     _ahead: RolloutsAhead | None
@@ -159,6 +171,9 @@ class GRPOResume(ExactResume):
     def get_train_dataloader(self) -> DataLoader:
         """Micro-steps: what each of them trains on follows from its number alone."""
         return DataLoader(MicroSteps(self.sampler), batch_size=1, collate_fn=lambda items: items[0])
+
+    def _fingerprint(self) -> dict:
+        return {**super()._fingerprint(), "reward_funcs": [function.name for function in self.reward_stage.functions]}
 
     def data_hash(self) -> str:
         """A hash of the training rows' ids, prompts and answers."""

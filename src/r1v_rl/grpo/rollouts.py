@@ -11,7 +11,7 @@ import torch
 from r1v_rl.errors import RecipeError
 from r1v_rl.grpo.policy import check_versions, make_engine
 from r1v_rl.grpo.resume import GRPOResume
-from r1v_rl.grpo.rewards import Rewarded, RewardStage
+from r1v_rl.grpo.rewards import Rewarded
 from r1v_rl.grpo.sampler import generation_seed
 from r1v_rl.grpo.tail import Tail
 from r1v_rl.grpo.verdicts import EarlyVerdicts
@@ -38,7 +38,6 @@ class GroupRollouts(GRPOResume):
     eval_examples: Sequence[Example] | None
     eval_sets: dict[str, Sequence[Example]]
     """Small sets answered every `eval_steps` (`eval_on`); where there are none, the held-out rows are."""
-    reward_stage: RewardStage
     _engine: RolloutEngine | None
     _engine_version: int | None
 

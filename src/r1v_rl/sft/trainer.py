@@ -29,7 +29,7 @@ from r1v_rl.training.engines import check_devices, prepare_engine, shards_weight
 from r1v_rl.training.launch import DEFAULT_TRAINABLE, load_model
 from r1v_rl.training.optimizer import parameter_groups
 from r1v_rl.training.other_ranks import ACCUMULATION, PER_DEVICE, RANKS, Rows
-from r1v_rl.training.resume import ExactResume
+from r1v_rl.training.resume import KEYS_OF_AN_UPDATE, ExactResume
 from r1v_rl.training.signals import StopOnSignal
 
 _NO_ROWS = Dataset.from_dict({"row": [0]})
@@ -54,10 +54,9 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
 
     args: SFTConfig
     must_agree = (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "padding_free", "max_length",
-        "filter_overlong_rows", "loss_weighting", "loss_type", "trainable", "learning_rate", "projector_learning_rate",
-        "vision_learning_rate", "optim", "seed", "data_seed", "shuffle_dataset", "train_sampling_strategy",
-        "dataloader_drop_last",
+        *KEYS_OF_AN_UPDATE,
+        "packing", "padding_free", "max_length", "filter_overlong_rows", "loss_weighting", "train_sampling_strategy",
+        "dataloader_drop_last", "average_tokens_across_devices",
     )  # fmt: skip
 
     def __init__(

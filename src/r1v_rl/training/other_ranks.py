@@ -19,7 +19,8 @@ def refusal(then: Mapping[str, Any], now: Mapping[str, Any], rows: Rows) -> str:
     """Why a run cannot go on from a checkpoint, as the end of a sentence about it; empty where it can.
 
     Args:
-        then: Fingerprint of the run that wrote it: keys of the recipe, `num_processes`, `engine`, `data`.
+        then: Fingerprint of the run that wrote it: keys of the recipe, `num_processes`, `engine`, `data`. A key that an
+            earlier version did not write down cannot be compared.
         now: Of this run.
         rows: What must stay as large on another number of ranks, by name, and the keys whose product its size is.
     """
@@ -28,7 +29,7 @@ def refusal(then: Mapping[str, Any], now: Mapping[str, Any], rows: Rows) -> str:
     changed = [
         f"{key} was {then.get(key)!r}, is {now[key]!r}"
         for key in now
-        if key not in may_differ and json.dumps(then.get(key)) != json.dumps(now[key])
+        if key in then and key not in may_differ and _text(then[key]) != _text(now[key])
     ]
     if changed and then.get(RANKS) != now[RANKS] and then.get(ENGINE) not in _ANY_RANKS:
         return (
@@ -43,6 +44,10 @@ def refusal(then: Mapping[str, Any], now: Mapping[str, Any], rows: Rows) -> str:
             f"keys so that {'; '.join(unequal)}"
         )
     return ""
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def ranks(run: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from r1v_rl.models.sharding import (
     whole_state,
 )
 from r1v_rl.models.weight_files import load_weights
+from r1v_rl.recipe_values import plain
 from r1v_rl.state_files import combined_hash, load_state, save_state
 from r1v_rl.training.engines import check_engine, engine_name
 from r1v_rl.training.other_ranks import ACCUMULATION, ENGINE, PER_DEVICE, RANKS, Rows, ranks, refusal
@@ -37,6 +38,13 @@ from r1v_rl.training.signals import StopOnSignal
 logger = logging.getLogger(__name__)
 
 _TRAINER_STATE = "trainer_state.json"
+KEYS_OF_AN_UPDATE = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "trainable", "learning_rate",
+    "projector_learning_rate", "vision_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm",
+    "neftune_noise_alpha", "bf16", "fp16", "loss_type", "seed", "data_seed", "shuffle_dataset", "chat_template_kwargs",
+)  # fmt: skip
+"""What every trainer's weights follow from, beside the rows and the number of steps, which a run may prolong."""
 
 
 class ExactResume(Trainer):
@@ -326,7 +334,7 @@ class ExactResume(Trainer):
 
     def _fingerprint(self) -> dict:
         """What a run must have in common with the one it continues."""
-        settings = {key: getattr(self.args, key) for key in self.must_agree}
+        settings = {key: plain(getattr(self.args, key)) for key in self.must_agree}
         processes = {RANKS: self.accelerator.num_processes, ENGINE: engine_name(self.accelerator)}
         return {**settings, **processes, "data": self.data_hash()}
 
