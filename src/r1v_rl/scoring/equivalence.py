@@ -27,6 +27,8 @@ from sympy.core.relational import Relational
 
 from r1v_rl.scoring.answers import compared_factors, plain_math, units_conflict
 from r1v_rl.scoring.exact import read_number
+from r1v_rl.scoring.prose import DOUBT
+from r1v_rl.scoring.statements import as_list, split_chain
 from r1v_rl.scoring.units import Quantity, read_quantity
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warning that no timeout is set: ours is a SIGKILL
@@ -34,7 +36,6 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warning that 
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
-_RELATION = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![a-zA-Z])|\\[{}]|[{}()\[\]]")
 _OTHER_RELATION = re.compile(r"[<>,;]|\\(?:le|ge|leq|geq|ne|neq|in|lt|gt|equiv|sim|pm|begin|mapsto|to)(?![a-zA-Z])")
 _BASE = re.compile(r"\d\s?_\s?(?:\{\s?(?P<braced>\d+)\s?\}|(?P<bare>\d+))$")
 _REWRITTEN = (
@@ -131,7 +132,8 @@ def same_value(gold: str, answer: str) -> bool:
     Raises:
         Unreadable: If one of them cannot be parsed.
     """
-    gold_quantity, answer_quantity = read_quantity(plain_math(gold)), read_quantity(plain_math(answer))
+    gold, answer = as_list(plain_math(gold)), as_list(plain_math(answer))
+    gold_quantity, answer_quantity = read_quantity(gold), read_quantity(answer)
     if not (gold_quantity.has_unit or answer_quantity.has_unit):
         return _same_formula(gold, answer)
     with contextlib.suppress(Unreadable):
@@ -148,7 +150,7 @@ def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
         in_degrees, other = (gold.value, answer.value) if gold.is_degrees else (answer.value, gold.value)
         return _equal(_read_answer(in_degrees) * PI / 180, _read_answer(other))
     if factors[0] == factors[1]:
-        return _same_formula(gold.value, answer.value)
+        return _same_formula(gold.value, answer.value, _size_of_one(answer))
     scales = [Rational(factor.numerator, factor.denominator) for factor in factors]
     expressions = [_read(gold.value, "gold"), _read(answer.value, "answer")]
     if not all(isinstance(expression, Expr) for expression in expressions):
@@ -156,37 +158,33 @@ def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
     return _equal(expressions[0] * scales[0], expressions[1] * scales[1])
 
 
-def _same_formula(gold: str, answer: str) -> bool:
+def _size_of_one(quantity: Quantity) -> Any:
+    """The number that one percent, one degree or one million is; 1 for what is measured."""
+    if quantity.is_degrees:
+        return PI / 180
+    is_number = quantity.dimension is None or quantity.is_percent
+    return Rational(quantity.factor.numerator, quantity.factor.denominator) if is_number else 1
+
+
+def _same_formula(gold: str, answer: str, scale: Any = 1) -> bool:
+    """Args:
+    scale: What a percent sign or the like that was taken off the end of both multiplies with.
+    """
     gold_expression = _read(gold, "gold")
     if _number_base(gold) != _number_base(answer) or _are_tuple_and_set(gold, answer):
         return False
-    exact, rounded = split_chain(plain_math(answer))
+    exact, rounded = split_chain(answer)
+    gold_terms = split_chain(gold)[0]
     is_chain = len(exact) + len(rounded) > 1 and all(exact) and all(rounded)
-    if not is_chain or len(split_chain(plain_math(gold))[0]) > 1 or _OTHER_RELATION.search(answer):
-        column = _COLUMN.fullmatch(plain_math(gold).strip()), _COLUMN.fullmatch(plain_math(answer).strip())
+    if is_chain and len(exact) > 2 and len(gold_terms) == 2 and gold_terms[0] == exact[0] and _is_name(exact[0]):
+        gold_expression, gold_terms = _read(gold_terms[1], "gold"), gold_terms[1:]
+    if not is_chain or len(gold_terms) > 1 or _OTHER_RELATION.search(answer):
+        column = _COLUMN.fullmatch(gold.strip()), _COLUMN.fullmatch(answer.strip())
         if (column[0] is None) != (column[1] is None):  # a column vector and a tuple
             gold, answer = (_as_tuple(text, match) for text, match in zip((gold, answer), column, strict=True))
             return _equal(_read(gold, "gold"), _read(answer, "answer"))
         return _equal(gold_expression, _read(answer, "answer"), allows_solved=_is_solved(answer))
-    return _chain_states(gold_expression, exact, rounded)
-
-
-def split_chain(text: str) -> tuple[list[str], list[str]]:
-    """The terms of a chain of equalities outside all brackets: those before the first `\\approx`, and the rest."""
-    exact: list[str] = []
-    rounded: list[str] = []
-    terms, depth, start = exact, 0, 0
-    for match in _RELATION.finditer(text):
-        token = match[0]
-        if token in ("=", r"\approx"):
-            if depth == 0:
-                terms.append(text[start : match.start()].strip())
-                start = match.end()
-                terms = rounded if token != "=" else terms
-        else:
-            depth += 1 if token[-1] in "{([" else -1
-    terms.append(text[start:].strip())
-    return exact, rounded
+    return _chain_states(gold_expression, exact, rounded, scale)
 
 
 def _read(text: str, side: str) -> Any:
@@ -258,26 +256,48 @@ def _is_number(expression: Basic) -> bool:
     return getattr(expression, "is_number", False) is True and not isinstance(expression, Relational)
 
 
-def _chain_states(gold: Any, exact: list[str], rounded: list[str]) -> bool:
+def _chain_states(gold: Any, exact: list[str], rounded: list[str], scale: Any) -> bool:
     """Whether a chain such as `x = 2 + 3 = 5` or `\\pi \\approx 3.14` states `gold`.
 
-    A chain that begins with a name states its last exact term. One that ends with a name (`5 = x`) states its first.
-    In any other every exact term must be the gold, so that `1 = 2 = 5` does not state 5. A rounded term counts where
-    it is the rounding of the exact one, or of a name.
+    A chain that begins with a name states its last exact term, where the numbers between say the same. One that ends
+    with a name (`5 = x`) states its first. In any other every exact term must be the gold, so that `1 = 2 = 5` does not
+    state 5. A rounded term counts where it is the rounding of the exact one, or of a name.
     """
-    is_named = _is_name(exact[0])
-    if is_named and len(exact) > 1:
-        states = _equal(gold, _read_answer(exact[-1]))
-    elif not is_named and len(exact) == 2 and _is_name(exact[1]):
+    if any(map(DOUBT.search, (*exact, *rounded))):
+        return False
+    name = exact[0] if _is_name(exact[0]) else None
+    terms = exact if name is None else exact[1:]
+    if name is not None and terms:
+        states = _equal(gold, _read_answer(terms[-1])) and _lead_to(terms[-1], gold, terms[:-1], name, scale)
+    elif name is None and len(exact) == 2 and _is_name(exact[1]):
         states = _equal(gold, _read_answer(exact[0]))
     else:
         states = all(_equal(gold, _read_answer(term)) for term in exact)
     if states or not rounded:
         return states
     value = _read_answer(rounded[-1])
-    return _equal(gold, value) and (
-        (is_named and len(exact) == 1) or _rounds_to(_read_answer(exact[-1]), rounded[-1], value)
+    return (
+        _equal(gold, value)
+        and (not terms or _rounds_to(_read_answer(terms[-1]), rounded[-1], value))
+        and _lead_to(rounded[-1], value, terms + rounded[:-1], name, scale)
     )
+
+
+def _lead_to(text: str, value: Any, terms: list[str], name: str | None, scale: Any) -> bool:
+    """Whether `terms`, which stand before `text` in a chain, are letters, or numbers that are `value` or round to it.
+
+    One that ends with the name that the chain began with (`x = 4, hence x = 5`) is a statement of its own.
+    """
+    for term in terms:
+        expression = _read_answer(term)
+        if name is not None and term.endswith(name):
+            return False
+        if getattr(expression, "free_symbols", None) or _equal(value, expression):
+            continue
+        is_scaled = scale != 1 and isinstance(value, Expr) and _equal(value * scale, expression)
+        if not is_scaled and not _rounds_to(expression, text, value):
+            return False
+    return True
 
 
 def _is_name(text: str) -> bool:

@@ -1,0 +1,42 @@
+"""An answer taken apart into its statements and their terms, without reading what a term says."""
+
+import re
+
+_RELATION = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![a-zA-Z])|\\[{}]|[{}()\[\]]")
+_SPACE = r"(?:\\[ ,]|\s)*"
+_WORD = r"(?i:or|and|then|so|but|hence|thus)"
+_TEXT = r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s?\{"
+_SIGN = r"\\(?:lor|vee|land|wedge|q?quad|implies|iff|(?:Long)?(?:left)?[Rr]ightarrow|Leftrightarrow)(?![A-Za-z])|\\\\"
+_CONNECTIVE = re.compile(
+    rf"(?<=[^\s,;]){_SPACE}"
+    rf"(?:(?:{_TEXT}[\s,;]*{_WORD}[\s,]*\}}|(?<![A-Za-z\\]){_WORD}(?![A-Za-z])|{_SIGN}){_SPACE})++"
+    r"(?=(?:[^\s=<>,;{}()\[\]]|\s|\{[^{}]*\}|\([^()]*\))+(?<!\s)\s*=)"
+    rf"|(?:(?<=[\d)}}]){_SPACE}(?:{_TEXT}[^{{}}]*\}}|(?<![A-Za-z\\])[A-Za-z]{{2,}}(?=\s)){_SPACE}|(?<=\d)\s+)"
+    r"(?=[A-Za-z](?:_\w|_\{\w+\})?\s*=)"
+)
+"""What stands between a value and the next `name =`: a word or sign that joins statements, any word, or a space."""
+
+
+def as_list(latex: str) -> str:
+    """`x=3 \\text{ or } x=-2` -> `x=3, x=-2`, which as one chain of equalities would state its last value alone."""
+    if latex.count("=") < 2 or r"\begin" in latex:
+        return latex
+    return _CONNECTIVE.sub(", ", latex)
+
+
+def split_chain(text: str) -> tuple[list[str], list[str]]:
+    """The terms of a chain of equalities outside all brackets: those before the first `\\approx`, and the rest."""
+    exact: list[str] = []
+    rounded: list[str] = []
+    terms, depth, start = exact, 0, 0
+    for match in _RELATION.finditer(text):
+        token = match[0]
+        if token in ("=", r"\approx"):
+            if depth == 0:
+                terms.append(text[start : match.start()].strip())
+                start = match.end()
+                terms = rounded if token != "=" else terms
+        else:
+            depth += 1 if token[-1] in "{([" else -1
+    terms.append(text[start:].strip())
+    return exact, rounded
