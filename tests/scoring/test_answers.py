@@ -35,6 +35,17 @@ ROWS = [json.loads(line) for line in (Path(__file__).parent / "equivalence_cases
         ("We add.\n#### 5", "5"),
         ("Final Answer: The largest $n$ is 34. I hope it is correct.", "34"),
         (r"Thus $x=2$ and so \(y = 3\) holds.", "y = 3"),
+        ("The answer is $x = 3$ or $x = -2$.", "x = 3 or x = -2"),
+        ("The answer is $5$ km.", "5 km"),
+        ("The answer is $5$, since $2+3=5$.", "5"),
+        ("The answer is not $5$.", "not 5"),
+        ("Thus $x = 3$ or $x = -2$.", "x = 3, x = -2"),
+        ("Thus x = 3 or x = -2.", "Thus x = 3 or x = -2"),
+        ("It is not $5$.", None),
+        ("<answer>either $4$ or $5$</answer>", "either $4$ or $5$"),
+        (r"\boxed{Not $5$}", "Not $5$"),
+        (r"\boxed{Numbers $4$, $5$}", "Numbers $4$, $5$"),
+        (r"\boxed{The area of $ABCD$ is $5$}", "5"),
         ("There are 7 apples and 5 pears on this table.", None),
         ("3+2", "3+2"),
         ("", None),
@@ -171,7 +182,19 @@ def test_words_are_words_and_not_products_of_letters():
 
 
 @pytest.mark.parametrize(
-    ("gold", "read"), [(r"so \boxed{84}", "84"), ("$x$", "x"), ("a\n#### 7", "7"), (3, "3"), (0.5, "0.5")]
+    ("gold", "read"),
+    [
+        (r"so \boxed{84}", "84"),
+        ("$x$", "x"),
+        ("$$5$$.", "5"),
+        ("a\n#### 7", "7"),
+        (3, "3"),
+        (0.5, "0.5"),
+        ("$5$,$6$", "$5$,$6$"),
+        ("$3$/$4$", "$3$/$4$"),
+        ("$5$ km", "$5$ km"),
+        ("The answer is $3$ or $-2$.", "3 or -2"),
+    ],
 )
 def test_a_gold_loses_its_wrapping_only(gold, read):
     assert parse_gold(gold) == read
@@ -253,6 +276,27 @@ def test_bare_golds_are_read_whole(pool):
 )
 def test_where_math_verify_alone_is_wrong(pool, gold, answer, equal):
     assert pool.judge_answers([rf"\boxed{{{answer}}}"], [gold])[0].correct is equal
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "equal"),
+    [
+        ("$5$,$6$", r"\boxed{6}", False),
+        ("$5$,$6$", r"\boxed{6,5}", True),
+        (r"\(5\), \(6\)", r"\boxed{6}", False),
+        ("$2$:$3$", r"\boxed{2:3}", True),
+        ("$3$/$4$", r"\boxed{0.75}", True),
+        ("$5$ km", r"\boxed{5\text{ m}}", False),
+        ("5 m", "The answer is $5$ km.", False),
+        ("The answer is $3$ or $-2$.", r"\boxed{-2}", False),
+        ("-2", "The answer is $x = 3$ or $x = -2$.", False),
+        ("-2,3", "The answer is $x = 3$ or $x = -2$.", True),
+        ("5", r"\boxed{either $4$ or $5$}", False),
+        ("5", r"\boxed{Not $5$}", False),
+    ],
+)
+def test_of_several_formulas_none_is_dropped(pool, gold, completion, equal):
+    assert pool.judge_answers([completion], [gold])[0].correct is equal
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["id"] for row in ROWS])

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from r1v_rl.errors import UserError
 from r1v_rl.scoring.exact import ExactNumber, read_number, same_number
-from r1v_rl.scoring.extraction import ANSWER_KINDS, find_stated, last_boxes, last_formula
+from r1v_rl.scoring.extraction import ANSWER_KINDS, find_stated, inside_delimiters, last_boxes
 from r1v_rl.scoring.units import Quantity, read_quantity
 
 Reason = Literal["right", "wrong", "no answer", "unparsable", "timeout", "crashed"]
@@ -104,9 +104,7 @@ def parse_gold(answer: Any, kind: str = "math") -> str:
     elif kind != "text" and (stated := find_stated(text)):
         text = stated
     elif text[:1] == "$" or text[:2] in (r"\(", r"\["):
-        formula = last_formula(text)
-        if formula is not None and len(formula) >= len(text) - 6:
-            text = formula
+        text = inside_delimiters(text.rstrip(" ."))
     text = text.strip()
     if not text:
         raise UserError("the gold answer must not be empty")

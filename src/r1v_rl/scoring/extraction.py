@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from r1v_rl.scoring.prose import DOUBT, MARKED_LETTER, chosen_letter, named_option, stated_value
+from r1v_rl.scoring.units import read_quantity
 
 AnswerKind = Literal["math", "number", "choice", "text"]
 ANSWER_KINDS: tuple[str, ...] = get_args(AnswerKind)
@@ -15,9 +16,13 @@ _STATED = re.compile(
     r"####|\b[Aa]nswer(?:\*\*)?(?:\s{1,3}is\b|\s?:)(?:\*\*)?|\bANSWER\s?:"
     r"|\u7b54\u6848\s?[\u662f\u4e3a:\uff1a]|\b(?:[Oo]ption|[Cc]hoice)(?:\s[Ll]etter)?(?:\s{1,3}is\b|\s?:)"
 )
-_NEXT_SENTENCE = re.compile(r"(?<![\sA-Z])[.!](?:\*\*)?\s+(?=[A-Z])|(?<=\u3002)")
+_NEXT_SENTENCE = re.compile(
+    r"(?<![\sA-Z])[.!](?:\*\*)?\s+(?=[A-Z])|(?<=\u3002)|(?<=[$\d)}]),?\s+(?=(?:because|since)\b)"
+)
 _MATH_MARK = re.compile(r"\\[\[\]()]|\\\$|\$\$|\$|\\\\")
 _CLOSING = {r"\[": r"\]", r"\(": r"\)", "$": "$", "$$": "$$"}
+_LISTED = re.compile(r"[ ,;/]*(?:(?:or|and)[ ,]*)?")
+_VERB = re.compile(r"\s(?:is|are|equals|equal to)\s")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])")
 _BARE_CHARS = 200
@@ -34,6 +39,7 @@ _CHAT_TOKEN = re.compile(
 _OPENING_WORD = re.compile(r"\s*(?:[^\W\d_]{3,}[ :]|[^\W\d_a-zA-Z])")
 """A sentence begins with a word, or with a letter of another script than Latin."""
 _NAME_AT_END = re.compile(r"(?<![\w+*/^()=\-])\s*([A-Za-z])\s*$")
+_ONE_OF_SEVERAL = re.compile(r"=.*\b(?:or|and)\s+[A-Za-z]\s*$")
 _VALUE = r"[-\u2212]?(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?(?:\s?/\s?\d++)?\s?%?"
 _VERBS = (
     r"\b(?:is|are|equals|equal to|est|sont|vaut|es|son|ist|sind)\b"
@@ -77,7 +83,7 @@ def find_answer(completion: str, kind: str = "math", choices: Sequence[str] | No
         return None
     tagged = _last_tagged(part)
     if tagged is not None:
-        return _out_of_sentence(_inside_delimiters(tagged), kind) or None
+        return _out_of_sentence(inside_delimiters(tagged), kind) or None
     if kind == "choice":
         return _choice(part, choices)
     stated = find_stated(part)
@@ -160,20 +166,49 @@ def _joins(between: str) -> bool:
 
 
 def last_formula(text: str) -> str | None:
-    """What stands between the last complete pair of math delimiters (`$ $`, `$$ $$`, `\\( \\)`, `\\[ \\]`), or None."""
-    opened: tuple[str, int] | None = None
-    formula = None
+    """The last formula, in a list with those that only `,`, `and` or `or` joins to it; None where its sentence doubts
+    or there is none."""
+    formulas = _formulas(text)
+    if not formulas:
+        return None
+    start, _, last = formulas.pop()
+    values = [last]
+    while formulas and _LISTED.fullmatch(text, formulas[-1][1], start):
+        start, _, value = formulas.pop()
+        values.append(value)
+    if DOUBT.search(re.split(r"[.!?\u3002]\s|\n", text[max(0, start - _SENTENCE_CHARS) : start])[-1]):
+        return None
+    return ", ".join(reversed(values))
+
+
+def _formulas(text: str) -> list[tuple[int, int, str]]:
+    """Start, end and content of each pair of math delimiters (`$ $`, `$$ $$`, `\\( \\)`, `\\[ \\]`) with content."""
+    opened: tuple[str, int, int] | None = None
+    formulas = []
     for match in _MATH_MARK.finditer(text):
         mark = match[0]
         if opened is not None and mark == _CLOSING[opened[0]]:
-            formula = text[opened[1] : match.start()].strip() or formula
+            if content := text[opened[2] : match.start()].strip():
+                formulas.append((opened[1], match.end(), content))
             opened = None
         elif opened is None and mark in _CLOSING:
-            opened = (mark, match.end())
-    return formula
+            opened = (mark, match.start(), match.end())
+    return formulas
 
 
-def _inside_delimiters(text: str) -> str:
+def _with_unit(formula: str, behind: str) -> str:
+    """`$5$ km` as `5 km`: a formula, with what stands behind it where that is a unit."""
+    quantity = formula + behind.rstrip(" .")
+    return quantity if read_quantity(quantity).dimension is not None else formula
+
+
+def _without_marks(text: str) -> str:
+    if not _formulas(text):
+        return text
+    return _MATH_MARK.sub(lambda mark: mark[0] if mark[0] in (r"\$", r"\\") else "", text)
+
+
+def inside_delimiters(text: str) -> str:
     """`text` without math delimiters that enclose all of it, and without markdown stars and an ending full stop."""
     text = text.strip().rstrip(".").strip("*").strip() if text.strip().startswith("*") else text.strip()
     for mark, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
@@ -204,8 +239,12 @@ def find_stated(text: str) -> str | None:
         return None
     line = text[last.end() :].lstrip().partition("\n")[0]
     line = _NEXT_SENTENCE.split(line, maxsplit=1)[0].partition("I hope it is")[0].strip()
-    line = line.rpartition(" is ")[2].lstrip(": ")
-    return last_formula(line) or _inside_delimiters(line) or None
+    stated = line.rpartition(" is ")[2].lstrip(": ")
+    formulas = _formulas(stated)
+    if len(formulas) == 1 and not DOUBT.search(line):
+        _, end, formula = formulas[0]
+        return _with_unit(formula, stated[end:])
+    return inside_delimiters(_without_marks(stated)) or None
 
 
 def _out_of_sentence(text: str, kind: str) -> str:
@@ -222,9 +261,9 @@ def _out_of_sentence(text: str, kind: str) -> str:
     opening = _OPENING_WORD.match(plain)
     if opening is None:
         return text
-    formula = last_formula(plain)
-    if formula is not None and plain.rstrip(" .").endswith(("$", r"\)", r"\]")):
-        return formula
+    formulas = _formulas(_VERB.split(plain)[-1])
+    if len(formulas) == 1 and not DOUBT.search(plain) and plain.rstrip(" .").endswith(("$", r"\)", r"\]")):
+        return formulas[0][2]
     return _concluded(plain) or text
 
 
@@ -238,6 +277,8 @@ def _concluded(text: str) -> str | None:
         return None
     if match["bold"]:
         return match["bold"]
+    if line[match.start()] == "=" and _ONE_OF_SEVERAL.search(line[: match.start()]):
+        return None
     name = _NAME_AT_END.search(line[: match.start()]) if line[match.start()] == "=" else None
     if name is None and line[match.start()] == "=" and _OPENING_WORD.search(line) is None:
         return None
@@ -265,4 +306,4 @@ def _bare(text: str, kind: str) -> str | None:
         return None
     if kind == "math" and len(_WORD.findall(text)) > 2:
         return None
-    return _inside_delimiters(text)
+    return inside_delimiters(text)
