@@ -36,6 +36,7 @@ def test_judge_grades_every_row_and_counts_reasons(tmp_path, capsys):
     assert cli.main(["judge", source, "--reward_timeout_s", "0.5"]) == 0
     judged = [json.loads(line) for line in (tmp_path / "rows.judged.jsonl").read_text().splitlines()]
     assert [row["id"] for row in judged] == [1, 2, 3, 4, 5, 6]
+    assert [judged[1]["gold"], judged[1]["answer"]] == ["5", "6"]  # to judge the output again says the same
     assert [row["correct"] for row in judged] == [True, False, True, False, False, None]
     assert [row["reason"] for row in judged] == ["right", "wrong", "right", "no answer", "timeout", "unparsable"]
     printed = capsys.readouterr().out

@@ -35,7 +35,7 @@ class JudgeConfig:
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "jsonl to write, each row with correct, answer, reason; unset = INPUT.judged.jsonl."},
+        metadata={"help": "jsonl to write, each row with gold, correct, answer, reason; unset = INPUT.judged.jsonl."},
     )
     answer_kind: str = field(
         default=_DEFAULT.answer_kind,
@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
                 counts[verdict["reason"]] += 1
                 num_told += verdict["correct"] is not None
                 num_correct += verdict["correct"] is True
-                file.write(json.dumps(row | verdict) + "\n")
+                # the verdict's `answer` takes the place of a gold of that name, and a second judge needs the gold
+                file.write(json.dumps(row | {"gold": gold_of(row)} | verdict) + "\n")
             bar.update(len(batch))
     seconds = time.perf_counter() - started
     total = counts.total()
