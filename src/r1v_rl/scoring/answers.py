@@ -223,11 +223,8 @@ def compared_factors(gold: Quantity, answer: Quantity, gold_size: Fraction | Non
     """
     if gold.dimension is not None and gold.dimension == answer.dimension:
         return gold.factor, answer.factor
-    if gold.is_percent == answer.is_percent:
-        multiple = [item.factor if item.dimension is None else Fraction(1) for item in (gold, answer)]
-        return multiple[0], multiple[1]
-    if gold_size is not None and gold_size > 1:
-        return Fraction(1), Fraction(1)
+    if gold.is_percent == answer.is_percent or (gold_size is not None and gold_size > 1):
+        return Fraction(gold.multiple), Fraction(answer.multiple)
     return gold.factor, answer.factor
 
 
@@ -239,7 +236,7 @@ def _same_quantity(gold: Quantity, gold_number: ExactNumber, answer: Quantity, a
     if factors[0] != factors[1] and same_number(gold_number, answer_number, factors):
         return True
     if gold.is_percent and answer.dimension is None and size is not None and abs(size) > 1:  # 50% = 0.5
-        return same_number(gold_number, answer_number, (gold.factor, Fraction(1)))
+        return same_number(gold_number, answer_number, (gold.factor, Fraction(answer.multiple)))
     return False
 
 

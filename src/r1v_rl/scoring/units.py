@@ -114,7 +114,9 @@ class Quantity:
     value: str
     """The text without its unit."""
     factor: Fraction = Fraction(1)
-    """What one of the unit is in base units."""
+    """What one of the unit is in base units, times `multiple`."""
+    multiple: int = 1
+    """A million or the like that stands between value and unit."""
     dimension: tuple[tuple[str, int], ...] | None = None
     """Base units with their powers; None where the text has no unit, or one that is only a label (`apples`)."""
     has_unit: bool = False
@@ -146,7 +148,7 @@ def read_quantity(text: str) -> Quantity:
         name = _CURRENCY[match[2] or match[3]]
         inner = read_quantity(match[1] + plain[match.end() :])
         if inner.dimension is None:
-            return Quantity(inner.value, inner.factor, ((_base_of(name), 1),), has_unit=True)
+            return Quantity(inner.value, inner.factor, inner.multiple, ((_base_of(name), 1),), has_unit=True)
         return Quantity(text)
     if match := _CURRENCY_AFTER.search(plain):
         if not _VALUE_END.search(plain[: match.start()]):
@@ -162,9 +164,9 @@ def read_quantity(text: str) -> Quantity:
             continue
         found = _unit(plain[start.start() :], is_apart=value[-1].isspace())
         if found is not None:
-            factor, powers = found
+            multiple, factor, powers = found
             dimension = None if not powers else tuple(sorted(powers.items()))
-            return Quantity(value.strip().rstrip("\\").strip(), factor, dimension, has_unit=True)
+            return Quantity(value.strip().rstrip("\\").strip(), multiple * factor, multiple, dimension, has_unit=True)
     return Quantity(text)
 
 
@@ -172,18 +174,18 @@ def _base_of(name: str) -> str:
     return next(iter(_UNITS[name][1]))
 
 
-def _unit(text: str, *, is_apart: bool) -> tuple[Fraction, dict[str, int]] | None:
-    """Factor and powers of what stands behind a number, the whole of it; no powers where it is a label."""
+def _unit(text: str, *, is_apart: bool) -> tuple[int, Fraction, dict[str, int]] | None:
+    """Multiple, factor and powers of what stands behind a number, the whole of it; no powers where it is a label."""
     text = text.strip()
     head, _, rest = text.partition(" ")
     if head in _MULTIPLES:
-        inner = _unit(rest, is_apart=True) if rest.strip() else (Fraction(1), {})
-        return None if inner is None else (inner[0] * _MULTIPLES[head], inner[1])
+        inner = _unit(rest, is_apart=True) if rest.strip() else (1, Fraction(1), {})
+        return None if inner is None else (inner[0] * _MULTIPLES[head], *inner[1:])
     power = {"square": 2, "sq": 2, "cubic": 3}.get(head, 1)
     known = _known(rest if power > 1 else text, is_apart=is_apart)
     if known is not None:
-        return known[0] ** power, {name: exponent * power for name, exponent in known[1].items()}
-    return (Fraction(1), {}) if (is_apart or not text.isascii()) and _is_label(text) else None
+        return 1, known[0] ** power, {name: exponent * power for name, exponent in known[1].items()}
+    return (1, Fraction(1), {}) if (is_apart or not text.isascii()) and _is_label(text) else None
 
 
 def _known(text: str, *, is_apart: bool) -> tuple[Fraction, dict[str, int]] | None:
