@@ -279,6 +279,33 @@ def test_where_math_verify_alone_is_wrong(pool, gold, answer, equal):
 
 
 @pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("x=5,y=4", "(5,4)", True),
+        ("x=5,y=4", "5, 4", True),
+        ("x=5,y=4", r"5 \text{ and } 4", True),
+        ("x=5,y=4", r"\begin{pmatrix}5\\4\end{pmatrix}", True),
+        ("x=5,y=4", "y=4,x=5", True),
+        ("x=5,y=4", "(4,5)", False),
+        ("x=5,y=4", "4,5", False),
+        ("x=5,y=4", "(5,4]", False),
+        ("x=5,y=4", r"\{4,5\}", False),
+        ("x=5 and y=4", "(4,5)", False),
+        ("a=1,b=2,c=3", "(3,2,1)", False),
+        (r"x=\frac12, y=\sqrt2", r"(\sqrt2,0.5)", False),
+        ("(5,4)", "y=4,x=5", True),
+        ("(4,5)", "y=4,x=5", False),
+        ("(2,-3)", "m=2,b=-3", True),
+        ("4,5", "x=5,y=4", True),
+        ("x=1,x=2", "2,1", True),
+        ("x_1=3,x_2=-2", "-2,3", True),
+    ],
+)
+def test_values_of_different_names_keep_their_order(pool, gold, answer, equal):
+    assert pool.judge_answers([rf"\boxed{{{answer}}}"], [gold])[0].correct is equal
+
+
+@pytest.mark.parametrize(
     ("gold", "completion", "equal"),
     [
         ("$5$,$6$", r"\boxed{6}", False),

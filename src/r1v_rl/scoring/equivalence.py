@@ -28,7 +28,7 @@ from sympy.core.relational import Relational
 from r1v_rl.scoring.answers import compared_factors, plain_math, units_conflict
 from r1v_rl.scoring.exact import read_number
 from r1v_rl.scoring.prose import DOUBT
-from r1v_rl.scoring.statements import as_list, split_chain
+from r1v_rl.scoring.statements import as_list, assignments, entries, split_chain
 from r1v_rl.scoring.units import Quantity, read_quantity
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its warning that no timeout is set: ours is a SIGKILL
@@ -133,6 +133,9 @@ def same_value(gold: str, answer: str) -> bool:
         Unreadable: If one of them cannot be parsed.
     """
     gold, answer = as_list(plain_math(gold)), as_list(plain_math(answer))
+    ordered = _in_order(gold, answer)
+    if ordered is not None:
+        return len(ordered[0]) == len(ordered[1]) and all(map(same_value, *ordered))
     gold_quantity, answer_quantity = read_quantity(gold), read_quantity(answer)
     if not (gold_quantity.has_unit or answer_quantity.has_unit):
         return _same_formula(gold, answer)
@@ -156,6 +159,20 @@ def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
     if not all(isinstance(expression, Expr) for expression in expressions):
         return False
     return _equal(expressions[0] * scales[0], expressions[1] * scales[1])
+
+
+def _in_order(gold: str, answer: str) -> tuple[list[str], list[str]] | None:
+    """The values of both where one gives them to names and the other lists them alone, which keeps their order.
+
+    A tuple that is the gold lists the values of x, y and z in this order, and of other names in that of the answer.
+    """
+    if "=" not in answer and (values := assignments(gold)):
+        return list(values.values()), entries(_as_tuple(answer, _COLUMN.fullmatch(answer)))[1]
+    if "=" not in gold and (values := assignments(answer)):
+        is_tuple, parts = entries(gold)
+        if is_tuple:
+            return parts, [values[name] for name in (sorted(values) if values.keys() <= set("xyz") else values)]
+    return None
 
 
 def _size_of_one(quantity: Quantity) -> Any:

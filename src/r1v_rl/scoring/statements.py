@@ -3,6 +3,8 @@
 import re
 
 _RELATION = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![a-zA-Z])|\\[{}]|[{}()\[\]]")
+_AND = re.compile(r",?\s?(?:\\text\s?\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z]))\s?")
+_BRACKET_OR_COMMA = re.compile(r"(?<!\\),|\\[{}]|[{}()\[\]]")
 _SPACE = r"(?:\\[ ,]|\s)*"
 _WORD = r"(?i:or|and|then|so|but|hence|thus)"
 _TEXT = r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s?\{"
@@ -40,3 +42,35 @@ def split_chain(text: str) -> tuple[list[str], list[str]]:
             depth += 1 if token[-1] in "{([" else -1
     terms.append(text[start:].strip())
     return exact, rounded
+
+
+def entries(text: str) -> tuple[bool, list[str]]:
+    """Whether a list stands in round brackets, and what stands between its commas or `and` outside all others."""
+    text = _AND.sub(",", text.strip().replace(r"\langle", "(").replace(r"\rangle", ")"))
+    is_tuple = text.startswith("(") and text.endswith(")")
+    parts, depth, start, end = [], 0, int(is_tuple), len(text) - int(is_tuple)
+    for match in _BRACKET_OR_COMMA.finditer(text, start, end):
+        if match[0] != ",":
+            depth += 1 if match[0][-1] in "{([" else -1
+            if depth < 0:  # (1,2),(3,4)
+                return False, [text]
+        elif depth == 0:
+            parts.append(text[start : match.start()].strip())
+            start = match.end()
+    return is_tuple, [*parts, text[start:end].strip()]
+
+
+def assignments(text: str) -> dict[str, str] | None:
+    """Name -> value of `x=5, y=4`; None where a text is anything else, or gives one name two values (`x=1, x=2`).
+
+    Names that differ in their index alone (`x_1=3, x_2=-2`) number the values of one name.
+    """
+    values: dict[str, str] = {}
+    is_tuple, parts = entries(text)
+    for part in parts:
+        exact, rounded = split_chain(part)
+        name = exact[0].partition("_")[0].strip()
+        if rounded or len(exact) != 2 or not re.fullmatch(r"\\?[A-Za-z]+", name) or name in values or not exact[1]:
+            return None
+        values[name] = exact[1]
+    return values if len(values) > 1 and not is_tuple else None
