@@ -60,6 +60,12 @@ _THOUSANDS = re.compile(r"\d,\s?\d{3}(?!\d)|\\")
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])[)\]*]*\s*(?:[.):]+\s*(.*))?", re.DOTALL)
 _LETTER_AND_TEXT = re.compile(r"(?:\((?=[A-Z]\))|(?=[B-HJ-Z]\s))([A-Z])\)?\s+(.+)|([A-Z])\s*(\(.+\))\.?", re.DOTALL)
 """`(B) red`, `B (red)` and `B red`; `A` and `I` without a mark may be words."""
+_LETTER_LAST = re.compile(r"\A([^()]*[^()\s])\s*(\([A-Z]\))\.?\Z")
+_ANNOUNCED = re.compile(
+    r"(?:(?:the\s++)?(?:(?:correct|right|final|best)\s++)?(?:answer|option|choice)(?:\s*+:|\s++is\b(?:\s*+:)?|\s)\s*+){1,2}",
+    re.IGNORECASE,
+)
+_SPACING = re.compile(r"\\[ ,;:]|~|\\q?quad(?![A-Za-z])")
 _WORDS = re.compile(r"[^\W\d_]{2,}+(?:[ -][^\W\d_]++)*+")
 _LONG_WORDS = re.compile(r"[^\W\d_]{4,}+|[^\W\d_]{2,}+(?: [^\W\d_]{2,}+)++")
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
@@ -270,17 +276,24 @@ def _choice_verdict(answer: str, gold: str, choices: Sequence[str] | None) -> Ve
 
 
 def _letter(text: str, choices: Sequence[str] | None) -> str | None:
-    """The one option that `text` names: by its capital letter, alone or before the option's text, or by that text."""
-    text = unicodedata.normalize("NFKC", _TEXT_WRAP.sub(r"\1", text)).strip().strip("$").strip().removesuffix("\u3002")
+    """The one option that `text` names, which may say that it is the answer or an option (`Option B`)."""
+    text = _SPACING.sub(" ", _TEXT_WRAP.sub(r"\1", text))
+    text = unicodedata.normalize("NFKC", text).strip().strip("$").strip().removesuffix("\u3002")
+    announced = _ANNOUNCED.match(text)
+    return _named_letter(text, choices) or (_named_letter(text[announced.end() :], choices) if announced else None)
+
+
+def _named_letter(text: str, choices: Sequence[str] | None) -> str | None:
+    """An option named by its capital letter, alone or beside the option's text, or by that text."""
     named = [chr(ord("A") + index) for index, choice in enumerate(choices or ()) if _same_option(text, str(choice))]
     if len(named) == 1 and not re.fullmatch("[A-Z]", text):
         return named[0]
-    match = _LETTER.fullmatch(text[:MAX_ANSWER_CHARS])
+    text = text[:MAX_ANSWER_CHARS]
+    if choices:
+        text = _LETTER_LAST.sub(r"\2 \1", text)
+    match = _LETTER.fullmatch(text) or _LETTER_AND_TEXT.fullmatch(text)
     if match is None:
-        words = _LETTER_AND_TEXT.fullmatch(text[:MAX_ANSWER_CHARS])
-        if words is None:
-            return None
-        match = words
+        return None
     letter, rest = (group or "" for group in (match.groups()[2:] if match[1] is None else match.groups()[:2]))
     rest = rest.strip()
     rest = rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
