@@ -8,6 +8,8 @@ MAX_CHARS = 400
 """A longer text is not searched for a unit."""
 
 _TENTH = Fraction(1, 10)
+_UNIT = {"unit": 1}
+"""A unit without a name is a label (`5 units` = `5 cm`), unless it has a power or stands per something."""
 _UNITS: dict[str, tuple[Fraction, dict[str, int]]] = {}
 """Name -> factor to the base unit, and powers of base units."""
 
@@ -59,6 +61,7 @@ def _add_all() -> None:
     _add("米", 1, m=1)
     _add("厘米", "1/100", m=1)
     _add("percent", "1/100", percent=1)
+    _add("unit units", 1, **_UNIT)
     for name, powers in {
         "N": {"g": 1, "m": 1, "s": -2},
         "Pa": {"g": 1, "m": -1, "s": -2},
@@ -90,7 +93,7 @@ _NO_LABEL = re.compile(
 """Words that change what a number says: they never make a label such as `apples`, which changes nothing."""
 
 _WRAPPED = re.compile(
-    r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|rm)\s?\{([^{}]*)\}"
+    r"\\(?:text|textnormal|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|rm)\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _BRACED = re.compile(r"(?<=[\d\s;,!])\{\s?([A-Za-z]{2,})\s?\}")
 _DEGREE = re.compile(r"\s?\^\s?(?:\{\s?(?:\\circ|o)\s?\}|\\circ(?![A-Za-z])|o(?![A-Za-z]))|\s?\\degree(?![A-Za-z])")
@@ -103,7 +106,10 @@ _PERCENT = re.compile(r"\\?%|\bper\s?cent\b")
 _START = re.compile(r"(?<![^\W\d_]|\\)[^\W\d_]")
 _SYMBOL = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _VALUE_END = re.compile(r"(?:[\d.)}\]]|\\pi|\\infty)\s*$")
-_FACTOR = re.compile(r"([^\W\d_]+)\s?(?:\^\s?(?:\{\s?(-?\d)\s?\}|(\d))|([²³]))?")
+_FACTOR = re.compile(r"([^\W\d_²³]+)(?:\s?\^\s?(?:\{\s?(-?\d)\s?\}|(\d))|\s?([²³]))?")
+_LETTERS = re.compile(r"[A-Za-z](?: [A-Za-z])+")
+"""`m g` may be a product of symbols."""
+_PER = re.compile(r"(.*?)\s*(?:\bper\b|/)\s*(.+)")
 _BETWEEN = re.compile(r"\s*(/|\bper\b|\\cdot|\*|-|\s)\s*")
 
 
@@ -147,8 +153,10 @@ def read_quantity(text: str) -> Quantity:
     if match := _CURRENCY_BEFORE.match(plain):
         name = _CURRENCY[match[2] or match[3]]
         inner = read_quantity(match[1] + plain[match.end() :])
-        if inner.dimension is None:
-            return Quantity(inner.value, inner.factor, inner.multiple, ((_base_of(name), 1),), has_unit=True)
+        powers = dict(inner.dimension or ())
+        if all(power < 0 for power in powers.values()):
+            of_money = tuple(sorted({**powers, _base_of(name): 1}.items()))
+            return Quantity(inner.value, inner.factor, inner.multiple, of_money, has_unit=True)
         return Quantity(text)
     if match := _CURRENCY_AFTER.search(plain):
         if not _VALUE_END.search(plain[: match.start()]):
@@ -181,16 +189,32 @@ def _unit(text: str, *, is_apart: bool) -> tuple[int, Fraction, dict[str, int]] 
     if head in _MULTIPLES:
         inner = _unit(rest, is_apart=True) if rest.strip() else (1, Fraction(1), {})
         return None if inner is None else (inner[0] * _MULTIPLES[head], *inner[1:])
-    power = {"square": 2, "sq": 2, "cubic": 3}.get(head, 1)
+    power = {"square": 2, "sq": 2, "cubic": 3}.get(head.rstrip("."), 1)
     known = _known(rest if power > 1 else text, is_apart=is_apart)
     if known is not None:
-        return 1, known[0] ** power, {name: exponent * power for name, exponent in known[1].items()}
-    return (1, Fraction(1), {}) if (is_apart or not text.isascii()) and _is_label(text) else None
+        powers = {name: exponent * power for name, exponent in known[1].items()}
+        return 1, known[0] ** power, {} if powers == _UNIT else powers
+    if not is_apart and text.isascii():
+        return None
+    return (1, Fraction(1), {}) if _is_label(text) else _rate(text)
+
+
+def _rate(text: str) -> tuple[int, Fraction, dict[str, int]] | None:
+    """`words per minute`, `per day`: what is counted is a label, what it is counted by a unit or a label too."""
+    match = _PER.fullmatch(text)
+    if match is None or (match[1] and not _is_label(match[1])):
+        return None
+    known = _known(match[2], is_apart=True)
+    if known is not None:
+        return 1, 1 / known[0], {name: -power for name, power in known[1].items()}
+    return (1, Fraction(1), {}) if match[1] and match[2] not in _MULTIPLES and _is_label(match[2]) else None
 
 
 def _known(text: str, *, is_apart: bool) -> tuple[Fraction, dict[str, int]] | None:
     powers: dict[str, int] = {}
     factor, sign, position = Fraction(1), 1, 0
+    if _LETTERS.fullmatch(text):
+        return None
     while True:
         match = _FACTOR.match(text, position)
         if match is None or match[1] not in _UNITS or (len(match[1]) == 1 and position == 0 and not is_apart):
@@ -214,6 +238,7 @@ def _is_label(text: str) -> bool:
     words = text.split()
     return len(words) <= 4 and all(
         re.fullmatch(r"[A-Za-z][a-z]{2,}[,.]?|[^\W\d_a-zA-Z]{1,6}", word)
+        and word.strip(",.").isalpha()
         and _NO_LABEL.fullmatch(word.strip(",.").lower()) is None
         for word in words
     )
