@@ -116,7 +116,7 @@ def test_numbers_are_compared_exactly(gold, answer, equal):
     assert same_number(read_number(gold), read_number(answer)) is equal
 
 
-@pytest.mark.parametrize("text", ["0,111", "1,5", "x", "5 cm", "1/0", "", "5²", "1.2.3", "--5", "1e", "."])
+@pytest.mark.parametrize("text", ["0,111", "1,5", "x", "5 cm", "1/0", "", "5²", "1.2.3", "1, 234", "--5", "1e", "."])
 def test_what_is_not_one_plain_number_is_not_read_as_one(text):
     assert read_number(text) is None
 
@@ -180,6 +180,11 @@ def test_whole_numbers_take_the_shortest_way(answer, correct):
         (r"\{2,1\}", r"\{1,2\}", True),
         ("[1/2, 3)", "[0.5,3)", True),
         ("(1,2)", "[1,2)", None),
+        ("200, 100", "100, 200", True),
+        ("5, 5", "(5,5)", True),
+        ("(5, 4)", "5,4", True),
+        ("100,200", "200, 100", None),
+        ("100200", "100, 200", None),
         ("1,234, 5", "1234, 5", None),
         ("(x,2)", "(1,2)", None),
         (r"(\pi,2)", "(3,2)", None),
@@ -195,6 +200,10 @@ def test_lists_of_plain_numbers_are_decided_by_reading(answer, gold, correct):
 def test_words_are_words_and_not_products_of_letters():
     assert quick_verdict("silent", r"\text{listen}").correct is False
     assert quick_verdict(r"\text{Listen}", r"\text{listen}").correct is True
+    assert quick_verdict("Dog", "dog").correct is True
+    for gold, answer in (("cat", "act"), ("IV", "VI")):
+        assert quick_verdict(answer, gold).correct is False
+    assert quick_verdict("ba", "ab") is None
     assert quick_verdict("two  Red balls.", "Two red balls", "text").correct is True
 
 
@@ -276,6 +285,10 @@ def test_bare_golds_are_read_whole(pool):
         ("5", r"x\approx 5", True),
         ("3.14", r"\pi\approx 3.14", True),
         ("5", r"6\approx 5", False),
+        ("12.57", r"\approx 12.57", True),
+        ("12.57", r"\approx 12.57\text{ cm}", True),
+        ("100, 200", "100200", False),
+        ("100200", "100, 200", False),
         ("10", r"\sum_{i=1}^{4} i", True),
         ("10", r"\sum_{i=1}^{4} i = 10", True),
         (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False),

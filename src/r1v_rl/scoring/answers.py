@@ -55,8 +55,8 @@ _INLINE = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _GLUE = re.compile(r"(?<![0-9A-Za-z}]) +| +(?![0-9A-Za-z\\{])")
 _AROUND_BRACES = re.compile(r"(?<=[A-Za-z]) +(?=\{)|(?<=\}) +|(?<=\{) +| +(?=\})")
 _NUMBERS = re.compile(r"\s*(\\\{|[(\[]|)([^(){}\[\]]{1,400},[^(){}\[\]]{1,400}?)(\\\}|[)\]]|)\s*")
-_THOUSANDS = re.compile(r"\d,\s?\d{3}(?!\d)|\\")
-"""`1,234` may be a number, and other commands are sympy's."""
+_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)|\\")
+"""`1,234` may be a number, where `1, 234` is a list; and other commands are sympy's."""
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])[)\]*]*\s*(?:[.):]+\s*(.*))?", re.DOTALL)
 _LETTER_AND_TEXT = re.compile(r"(?:\((?=[A-Z]\))|(?=[B-HJ-Z]\s))([A-Z])\)?\s+(.+)|([A-Z])\s*(\(.+\))\.?", re.DOTALL)
 """`(B) red`, `B (red)` and `B red`; `A` and `I` without a mark may be words."""
@@ -68,6 +68,8 @@ _ANNOUNCED = re.compile(
 _SPACING = re.compile(r"\\[ ,;:]|~|\\q?quad(?![A-Za-z])")
 _WORDS = re.compile(r"[^\W\d_]{2,}+(?:[ -][^\W\d_]++)*+")
 _LONG_WORDS = re.compile(r"[^\W\d_]{4,}+|[^\W\d_]{2,}+(?: [^\W\d_]{2,}+)++")
+_SHORT_WORD = re.compile(r"[A-Za-z][a-z]{2}|[IVXLC]{2,}")
+"""Words where both sides are such."""
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 _ENDS = " \t\n.,;:!?*\"'`"
 
@@ -134,7 +136,7 @@ def quick_verdict(answer: str, gold: str, kind: str = "math", choices: Sequence[
         return verdict(answer.lstrip("0") == gold.lstrip("0"), answer)
     if normalised(answer) == normalised(gold):
         return verdict(True, answer)
-    if _is_words(gold):
+    if _is_words(gold) or (_SHORT_WORD.fullmatch(gold) and _SHORT_WORD.fullmatch(plain_math(answer))):
         return verdict(plain_text(answer) == plain_text(gold), answer)
     if re.fullmatch(r"[A-J]", plain_math(gold)):
         return verdict(_letter(answer, None) == plain_math(gold), answer)
@@ -161,11 +163,12 @@ def _same_numbers(answer: str, gold: str) -> bool | None:
             return None
         lists.append((match[1] + match[3], numbers))
     (gold_brackets, golds), (answer_brackets, answers) = lists
+    in_order = len(golds) == len(answers) and all(map(same_number, golds, answers))
     if gold_brackets != answer_brackets:
-        return None
+        return True if in_order and {gold_brackets, answer_brackets} == {"", "()"} else None
     if gold_brackets in ("", r"\{\}"):
         return _all_in(golds, answers) and _all_in(answers, golds)
-    return len(golds) == len(answers) and all(map(same_number, golds, answers))
+    return in_order
 
 
 def _all_in(some: list[ExactNumber], others: list[ExactNumber]) -> bool:

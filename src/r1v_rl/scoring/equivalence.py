@@ -39,6 +39,7 @@ _NORMALISATION = NormalizationConfig(
 _OTHER_RELATION = re.compile(r"[<>,;]|\\(?:le|ge|leq|geq|ne|neq|in|lt|gt|equiv|sim|pm|begin|mapsto|to)(?![a-zA-Z])")
 _BASE = re.compile(r"\d\s?_\s?(?:\{\s?(?P<braced>\d+)\s?\}|(?P<bare>\d+))$")
 _REWRITTEN = (
+    (re.compile(r"^\\approx(?![a-zA-Z])\s?"), ""),
     (re.compile(r"^\\?\$|^[€£¥₹]\s?"), ""),
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),

@@ -8,7 +8,7 @@ _MAX_CHARS = 400
 _MAX_EXPONENT = 400
 """Beyond it a number is compared digit by digit only: 10**exponent is never built."""
 
-_INTEGER = r"(?:[1-9]\d{0,2}(?:(?:,\\!|\\!,|\{,\}|\\,|,)\s?\d{3})++|\d++)"
+_INTEGER = r"(?:[1-9]\d{0,2}(?:(?:(?:,\\!|\\!,|\{,\}|\\,)\s?|,)\d{3})++|\d++)"
 _DECIMAL = re.compile(
     rf"(?P<sign>[+-]?)\s?(?=\.?\d)(?P<whole>{_INTEGER})?+(?:\.(?P<part>\d*+))?+(?:[eE](?P<exp>[+-]?\d{{1,18}}))?+"
     r"(?:\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?(?:\{\s?(?P<ten>[+-]?\d{1,18})\s?\}|(?P<ten1>\d)))?+"
