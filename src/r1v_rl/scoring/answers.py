@@ -55,6 +55,7 @@ _INLINE = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _GLUE = re.compile(r"(?<![0-9A-Za-z}]) +| +(?![0-9A-Za-z\\{])")
 _AROUND_BRACES = re.compile(r"(?<=[A-Za-z]) +(?=\{)|(?<=\}) +|(?<=\{) +| +(?=\})")
 _NUMBERS = re.compile(r"\s*(\\\{|[(\[]|)([^(){}\[\]]{1,400},[^(){}\[\]]{1,400}?)(\\\}|[)\]]|)\s*")
+_NO_SPACE = re.compile(r"\\!\s*")
 _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)|\\")
 """`1,234` may be a number, where `1, 234` is a list; and other commands are sympy's."""
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])[)\]*]*\s*(?:[.):]+\s*(.*))?", re.DOTALL)
@@ -183,7 +184,7 @@ def plain_math(text: str) -> str:
     text = _INLINE.sub(r"\1", text).translate(_SYMBOLS)
     if not text.isascii():
         text = "".join(_ascii(char) for char in text)
-    text = _SAME_COMMAND.sub(_replace_command, text)
+    text = _SAME_COMMAND.sub(_replace_command, _NO_SPACE.sub("", text))
     while (unwrapped := _TEXT_WRAP.fullmatch(text.strip())) is not None:
         text = unwrapped[1]
     return text.strip().strip("$").strip()

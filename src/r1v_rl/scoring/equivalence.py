@@ -154,7 +154,7 @@ def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
         in_degrees, other = (gold.value, answer.value) if gold.is_degrees else (answer.value, gold.value)
         return _equal(_read_answer(in_degrees) * PI / 180, _read_answer(other))
     if factors[0] == factors[1]:
-        return _same_formula(gold.value, answer.value, _size_of_one(answer))
+        return _same_formula(gold.value, answer.value)
     scales = [Rational(factor.numerator, factor.denominator) for factor in factors]
     expressions = [_read(gold.value, "gold"), _read(answer.value, "answer")]
     if not all(isinstance(expression, Expr) for expression in expressions):
@@ -176,33 +176,19 @@ def _in_order(gold: str, answer: str) -> tuple[list[str], list[str]] | None:
     return None
 
 
-def _size_of_one(quantity: Quantity) -> Any:
-    """The number that one percent, one degree or one million is; 1 for what is measured."""
-    if quantity.is_degrees:
-        return PI / 180
-    is_number = quantity.dimension is None or quantity.is_percent
-    return Rational(quantity.factor.numerator, quantity.factor.denominator) if is_number else 1
-
-
-def _same_formula(gold: str, answer: str, scale: Any = 1) -> bool:
-    """Args:
-    scale: What a percent sign or the like that was taken off the end of both multiplies with.
-    """
+def _same_formula(gold: str, answer: str) -> bool:
     gold_expression = _read(gold, "gold")
     if _number_base(gold) != _number_base(answer) or _are_tuple_and_set(gold, answer):
         return False
     exact, rounded = split_chain(answer)
-    gold_terms = split_chain(gold)[0]
     is_chain = len(exact) + len(rounded) > 1 and all(exact) and all(rounded)
-    if is_chain and len(exact) > 2 and len(gold_terms) == 2 and gold_terms[0] == exact[0] and _is_name(exact[0]):
-        gold_expression, gold_terms = _read(gold_terms[1], "gold"), gold_terms[1:]
-    if not is_chain or len(gold_terms) > 1 or _OTHER_RELATION.search(answer):
+    if not is_chain or len(split_chain(gold)[0]) > 1 or _OTHER_RELATION.search(answer):
         column = _COLUMN.fullmatch(gold.strip()), _COLUMN.fullmatch(answer.strip())
         if (column[0] is None) != (column[1] is None):  # a column vector and a tuple
             gold, answer = (_as_tuple(text, match) for text, match in zip((gold, answer), column, strict=True))
             return _equal(_read(gold, "gold"), _read(answer, "answer"))
         return _equal(gold_expression, _read(answer, "answer"), allows_solved=_is_solved(answer))
-    return _chain_states(gold_expression, exact, rounded, scale)
+    return _chain_states(gold_expression, exact, rounded)
 
 
 def _read(text: str, side: str) -> Any:
@@ -274,48 +260,31 @@ def _is_number(expression: Basic) -> bool:
     return getattr(expression, "is_number", False) is True and not isinstance(expression, Relational)
 
 
-def _chain_states(gold: Any, exact: list[str], rounded: list[str], scale: Any) -> bool:
+def _chain_states(gold: Any, exact: list[str], rounded: list[str]) -> bool:
     """Whether a chain such as `x = 2 + 3 = 5` or `\\pi \\approx 3.14` states `gold`.
 
-    A chain that begins with a name states its last exact term, where the numbers between say the same. One that ends
-    with a name (`5 = x`) states its first. In any other every exact term must be the gold, so that `1 = 2 = 5` does not
-    state 5. A rounded term counts where it is the rounding of the exact one, or of a name.
+    A chain that begins with a name states its last exact term, and nothing where a term ends with that name again: that
+    is a statement of its own. One that ends with a name (`5 = x`) states its first. In any other every exact term must
+    be the gold, so that `1 = 2 = 5` does not state 5. A rounded term counts where it is the rounding of the exact one,
+    or of a name.
     """
     if any(map(DOUBT.search, (*exact, *rounded))):
         return False
-    name = exact[0] if _is_name(exact[0]) else None
-    terms = exact if name is None else exact[1:]
-    if name is not None and terms:
-        states = _equal(gold, _read_answer(terms[-1])) and _lead_to(terms[-1], gold, terms[:-1], name, scale)
-    elif name is None and len(exact) == 2 and _is_name(exact[1]):
+    is_named = _is_name(exact[0])
+    if is_named and any(term.endswith(exact[0]) for term in (*exact[1:], *rounded)):
+        return False
+    if is_named and len(exact) > 1:
+        states = _equal(gold, _read_answer(exact[-1]))
+    elif not is_named and len(exact) == 2 and _is_name(exact[1]):
         states = _equal(gold, _read_answer(exact[0]))
     else:
         states = all(_equal(gold, _read_answer(term)) for term in exact)
     if states or not rounded:
         return states
     value = _read_answer(rounded[-1])
-    return (
-        _equal(gold, value)
-        and (not terms or _rounds_to(_read_answer(terms[-1]), rounded[-1], value))
-        and _lead_to(rounded[-1], value, terms + rounded[:-1], name, scale)
+    return _equal(gold, value) and (
+        (is_named and len(exact) == 1) or _rounds_to(_read_answer(exact[-1]), rounded[-1], value)
     )
-
-
-def _lead_to(text: str, value: Any, terms: list[str], name: str | None, scale: Any) -> bool:
-    """Whether `terms`, which stand before `text` in a chain, are letters, or numbers that are `value` or round to it.
-
-    One that ends with the name that the chain began with (`x = 4, hence x = 5`) is a statement of its own.
-    """
-    for term in terms:
-        expression = _read_answer(term)
-        if name is not None and term.endswith(name):
-            return False
-        if getattr(expression, "free_symbols", None) or _equal(value, expression):
-            continue
-        is_scaled = scale != 1 and isinstance(value, Expr) and _equal(value * scale, expression)
-        if not is_scaled and not _rounds_to(expression, text, value):
-            return False
-    return True
 
 
 def _is_name(text: str) -> bool:
