@@ -149,10 +149,26 @@ def test_a_shared_prompt_is_counted_once_a_group(tmp_path):
     assert (shared.tokens, plain.tokens) == (2 * 100 + 80, 8 * 110)
     assert shared.visual == plain.visual == 2 * 64
     assert shared.seen == 8 * 10 * 105 + 2 * 5000
-    cut = grpo_work(
-        GRPOConfig(**settings, max_tokens_per_forward=100, bf16=False), prompt=100, visual=64, completion=10
-    )
-    assert cut.passes == 3 and cut.tokens <= 100
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "passes"),
+    [
+        (None, True, [280]), (280, True, [280]), (140, True, [140, 140]), (125, True, [120] * 4),
+        (250, True, [250, 130]), (100, True, [110] * 8), (330, False, [330, 330, 220]),
+    ],
+)  # fmt: skip
+def test_a_prompt_is_counted_in_every_pass(tmp_path, budget, share, passes):
+    """As `within_budget` cuts two groups of four: prompts of 100 tokens, completions of 10, and a row that is longer
+    than the budget goes alone."""
+    args = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, use_cpu=True, bf16=False,
+        share_prefix=share, max_tokens_per_forward=budget,
+    )  # fmt: skip
+    work = grpo_work(args, prompt=100, visual=64, completion=10)
+    assert work.passes == len(passes)
+    assert work.tokens * work.passes == pytest.approx(sum(passes))
+    assert max(passes) <= work.tokens * work.fullest + 1e-9 and work.scored * work.passes == pytest.approx(80)
 
 
 def test_packed_rows_are_full(tmp_path):

@@ -18,7 +18,7 @@ A chain file sets `output_dir`, `seed` (of every stage), `evaluate` (a recipe of
 model) and `stages`, a list of
 
   name: align                            the stage's folder in output_dir
-  command: align                         compose, align, transfer, sft, iterate or grpo
+  command: align                         compose, align, transfer, distill (leaves no model), sft, iterate or grpo
   config: align.yaml                     its recipe, beside the chain file
   from: {compose: model_name_or_path}    earlier stage -> the recipe key that takes its folder, or
                                          {iterate: {dataset_name: selection.parquet}} for a file inside

@@ -8,7 +8,8 @@ from r1v_rl.sft.config import SFTConfig
 
 
 def grpo_work(args: GRPOConfig, *, prompt: float, visual: float, completion: float) -> Work:
-    """A micro-batch of `per_device_train_batch_size` completions, in passes within `max_tokens_per_forward`.
+    """A micro-batch of `per_device_train_batch_size` completions, in passes within `max_tokens_per_forward`, each of
+    which runs the prompts of its completions.
 
     Args:
         prompt: Tokens of a prompt, visual ones included.
@@ -16,14 +17,23 @@ def grpo_work(args: GRPOConfig, *, prompt: float, visual: float, completion: flo
         completion: Tokens of a completion.
     """
     assert args.num_generations is not None
-    rows = args.per_device_train_batch_size
-    groups = max(1, rows // args.num_generations)
-    prompts = groups if args.share_prefix else rows
-    tokens = rows * completion + prompts * prompt
+    rows, budget = args.per_device_train_batch_size, args.max_tokens_per_forward or math.inf
+    sharing = args.num_generations if args.share_prefix else 1
+    sizes: list[float] = []  # of the passes, filled in order as `grpo.update.within_budget` does
+    prompts = 0
+    for row in range(rows):
+        goes_on = row % sharing != 0  # with a prompt that the pass has
+        if sizes and sizes[-1] + completion + (0 if goes_on else prompt) <= budget:
+            sizes[-1] += completion + (0 if goes_on else prompt)
+            prompts += not goes_on
+        else:
+            sizes.append(prompt + completion)
+            prompts += 1
+    tokens, passes = sum(sizes), len(sizes)
     seen = rows * completion * (prompt + completion / 2) + prompts * prompt**2 / 2
-    passes = math.ceil(tokens / args.max_tokens_per_forward) if args.max_tokens_per_forward else 1
-    fullest = min(tokens, args.max_tokens_per_forward or tokens) * passes / tokens
-    return Work(tokens / passes, rows * completion / passes, seen / passes, groups * visual, passes, fullest)
+    fullest = max(*sizes, min(tokens, budget)) * passes / tokens
+    visuals = max(1, rows // args.num_generations) * visual
+    return Work(tokens / passes, rows * completion / passes, seen / passes, visuals, passes, fullest)
 
 
 def sft_work(args: SFTConfig, *, sample: float, visual: float, target: float) -> Work:

@@ -38,7 +38,8 @@ class JudgeConfig(JudgeEndpointConfig):
         },
     )
     reviser_model: str | None = field(
-        default=None, metadata={"help": "Model that rewrites wrong chains; unset = the model itself tries again."}
+        default=None,
+        metadata={"help": "Rewrites wrong chains; unset = iterate asks its model again, distill drops the row."},
     )
     reviser_base_url: str | None = field(default=None, metadata={"help": "Its endpoint; unset = the judge's."})
     reviser_api_key_env: str | None = field(default=None, metadata={"help": "Its key's variable; unset = the judge's."})
