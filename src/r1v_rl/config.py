@@ -29,7 +29,7 @@ OPERATIONAL_KEYS = frozenset(
         "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s", "judge_max_retries",
         "reviser_base_url", "reviser_api_key_env", "generator_base_url", "generator_api_key_env", "serve_timeout_s",
         "judge_price", "reviser_price", "generator_price", "budget_calls", "budget_tokens", "budget_usd", "replies",
-        "vllm_gpu_memory_utilization", "vllm_kv_cache_memory_bytes", "vllm_tensor_parallel_size", "accelerate_config",
+        "vllm_gpu_memory_utilization", "vllm_kv_cache_memory_bytes", "vllm_tensor_parallel_size",
         "reward_model_batch_size", "report_to", "logging_steps", "disable_tqdm", "save_total_limit",
     }
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """`r1v-rl evaluate` on a tiny random model: what it measures, what it keeps, what it refuses."""
 
 import json
+from contextlib import closing
 
 import pytest
 from random_vlm import save_random_vlm
@@ -9,7 +10,7 @@ from r1v_rl import cli
 from r1v_rl.config import DataConfig
 from r1v_rl.evaluate.answer_file import AnswerFile
 from r1v_rl.evaluate.heldout import EvaluationConfig, evaluate_model
-from r1v_rl.evaluate.record import files_of, read_evaluation
+from r1v_rl.evaluate.record import begin, files_of, read_evaluation
 from r1v_rl.rollout.hf import TransformersEngine
 
 KEYS = {
@@ -77,11 +78,30 @@ def test_corrected_rows_are_asked_again(tmp_path, model, capsys):
     for answer in ("1", "2"):
         rows.write_text(json.dumps({"id": "a", "problem": "What is 1 + 1?", "answer": answer}) + "\n")
         if answer == "2":
-            assert json.loads((tmp_path / "evaluation.json").read_text())["files"] != files_of(keys)
+            assert json.loads((tmp_path / "evaluation.json").read_text())["files"] != files_of(keys, tmp_path)
             assert cli.main([*words, "--resume", "true"]) == 2
             assert "are of another run: the rows are other ones" in capsys.readouterr().err
         assert cli.main(words) == 0
         assert json.loads((tmp_path / "evaluation.jsonl").read_text())["gold"] == answer
+
+
+def test_answers_stay_where_only_what_runs_write_has_changed(tmp_path):
+    """A root of pictures above the evaluation's folder holds its own files; an earlier version kept no fingerprints."""
+    values = {"dataset_root": str(tmp_path), "eval_dataset_name": "scenes", "model_name_or_path": "m"}
+    folder = tmp_path / "out"
+    with closing(AnswerFile(folder / "evaluation.jsonl")) as answers:
+        begin(folder, values, None, answers)
+        answers.append([{"set": "pictures", "id": "a", "sample": 0}])
+    for change in ("log", "version"):
+        if change == "log":
+            (tmp_path / "run.log").write_text("longer")
+        else:
+            state = json.loads((folder / "evaluation.state.json").read_text())
+            del state["files"]
+            (folder / "evaluation.state.json").write_text(json.dumps(state))
+        with closing(AnswerFile(folder / "evaluation.jsonl")) as answers:
+            begin(folder, values, True, answers)
+        assert (folder / "evaluation.jsonl").read_text()
 
 
 def test_a_second_evaluation_leaves_the_answers_of_a_running_one(tmp_path, model, capsys):

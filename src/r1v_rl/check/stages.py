@@ -116,15 +116,14 @@ def check_iterate(values: dict[str, Any], report: Report) -> None:
     recipe = iterate_config.build_recipe(on_this_machine(values, report))
     model, rounds = str(values["model_name_or_path"]), recipe.iterate
     print(f"checking {recipe.data.dataset_name} with {model}")
-    taus = ", ".join(
-        f"score >= {tau} at {rate:g}" for tau, rate in zip(rounds.taus, rounds.learning_rates, strict=True)
-    )
+    taus = ", ".join(f"score >= {t} at {r:g}" for t, r in zip(rounds.taus, rounds.learning_rates, strict=True))
     report.look("rounds", lambda: (f"{rounds.num_rounds}: {taus}", None))
     report.look("scorer", lambda: _scorer(recipe, report))
     examples = report.look("data", lambda: _data(recipe.data, recipe.training.seed, report))
     if examples is not None:
         report.look("columns", lambda: _columns(examples))
-    _overlap(examples, _heldout(recipe.heldout, recipe.data, recipe.training.seed, report), recipe.data, report)
+    tested = _heldout(recipe.heldout, recipe.data, recipe.training.seed, report, answer_required=False)
+    _overlap(examples, tested, recipe.data, report)
     report.look("model", lambda: _trained_model(model, recipe.data, report))
     report.look("batch", lambda: _training_batch(None, recipe.training))
 

@@ -15,7 +15,7 @@ from r1v_rl.evaluate.grounding import grounding_lines
 from r1v_rl.evaluate.heldout import EvaluationConfig, benchmark_examples, evaluate_model
 from r1v_rl.evaluate.interval import Accuracy
 from r1v_rl.evaluate.page import page
-from r1v_rl.evaluate.record import ANSWERS, EVALUATION, PAGE, TABLE, begin, files_of, settings_of
+from r1v_rl.evaluate.record import ANSWERS, EVALUATION, PAGE, TABLE, begin, settings_of
 from r1v_rl.evaluate.table import compared_runs, console, markdown
 from r1v_rl.tracking.manifest import RUN_MANIFEST, versions
 from r1v_rl.tracking.metrics import json_value
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(config.model_name_or_path)
     output_dir = Path(config.output_dir or folder)
     with closing(AnswerFile(output_dir / ANSWERS)) as file:
-        begin(output_dir, values, config.resume, file)
+        state = begin(output_dir, values, config.resume, file)
         found, answers = evaluate_model(config, data, file)
     found |= {"compared": compared} if (compared := compared_runs(config.compare or (), answers, config.seed)) else {}
     manifest = folder / RUN_MANIFEST
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         "model": str(folder),
         "manifest_sha256": file_sha256(manifest) if manifest.exists() else None,
         "settings": settings_of(values),
-        "files": files_of(values),
+        "files": state["files"],
         **found,
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),

@@ -26,11 +26,16 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(values.items()) if key not in _NO_MATTER}
 
 
-def files_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> fingerprint of the rows that are asked and of their pictures, where they are files."""
+def files_of(values: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
+    """Path -> fingerprint of the rows that are asked and of their pictures, where they are files.
+
+    A folder that holds the evaluation's own, or the one it is run in, is none of pictures: runs write into it.
+    """
     found = {}
     for key in _ROWS:
-        if values.get(key) and (path := Path(str(values[key]))).exists():
+        path = Path(str(values.get(key) or ""))
+        is_written_to = any(inside.is_relative_to(path.resolve()) for inside in (Path.cwd(), output_dir.resolve()))
+        if path.exists() and not is_written_to:
             found[str(path)] = fingerprint(path, pictures_only=key == "dataset_root")
     return found
 
@@ -42,33 +47,40 @@ def read_evaluation(folder: Path, values: Mapping[str, Any]) -> dict[str, Any] |
     except (FileNotFoundError, ValueError):
         return None
     same_model = record.get("manifest_sha256") == file_sha256(folder / RUN_MANIFEST)
-    same_rows = record.get("settings") == settings_of(values) and record.get("files", {}) == files_of(values)
+    files = files_of(values, folder)
+    same_rows = record.get("settings") == settings_of(values) and record.get("files", files) == files
     return record if same_model and same_rows else None
 
 
-def begin(output_dir: Path, values: Mapping[str, Any], resume: bool | None, answers: AnswerFile) -> None:
+def begin(output_dir: Path, values: Mapping[str, Any], resume: bool | None, answers: AnswerFile) -> dict[str, Any]:
     """Make `output_dir` ready for answers: those of an unfinished run of the same recipe, rows and model stay in it.
 
     Args:
         answers: Of `output_dir`, and open: another evaluation that writes there must not lose its own.
 
+    Returns:
+        `settings`, `files` and `model` that the answers belong to, as they were before the first one.
+
     Raises:
         UserError: If `resume` is true and what stands there is of other rows, recipe or model, or nothing does.
     """
-    state = {"settings": redact(settings_of(values)), "files": files_of(values), "model": _model_of(values)}
+    state = {"settings": redact(settings_of(values)), "files": files_of(values, output_dir), "model": _model_of(values)}
     now = json.loads(json.dumps(state, default=str))
     path = output_dir / STATE
     try:
         then = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         then = None
+    if isinstance(then, dict):
+        then.setdefault("files", now["files"])  # an earlier version did not write them down
     if then == now and resume is not False and not answers.is_new:
-        return
+        return now
     if resume:
         why = f"{output_dir} holds no answers to go on with" if answers.is_new else _why_not(output_dir, then, now)
         raise UserError(f"`resume: true`: {why}; set `resume: false` to begin anew")
     answers.clear()
     replace_file(path, (json.dumps(now, indent=1) + "\n").encode())
+    return now
 
 
 def _why_not(output_dir: Path, then: dict | None, now: dict) -> str:

@@ -61,6 +61,7 @@ _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)|\\")
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])[)\]*]*\s*(?:[.):]+\s*(.*))?", re.DOTALL)
 _LETTER_AND_TEXT = re.compile(r"(?:\((?=[A-Z]\))|(?=[B-HJ-Z]\s))([A-Z])\)?\s+(.+)|([A-Z])\s*(\(.+\))\.?", re.DOTALL)
 """`(B) red`, `B (red)` and `B red`; `A` and `I` without a mark may be words."""
+_LETTER_ALONE = re.compile(r"[\s(\[*]*[A-Z][)\]*.\s]*")
 _LETTER_LAST = re.compile(r"\A([^()]*[^()\s])\s*(\([A-Z]\))\.?\Z")
 _ANNOUNCED = re.compile(
     r"(?:(?:the\s++)?(?:(?:correct|right|final|best)\s++)?(?:answer|option|choice)(?:\s*+:|\s++is\b(?:\s*+:)?|\s)\s*+){1,2}",
@@ -113,7 +114,7 @@ def parse_gold(answer: Any, kind: str = "math") -> str:
     elif kind != "text" and (stated := find_stated(text)):
         text = stated
     elif text[:1] == "$" or text[:2] in (r"\(", r"\["):
-        text = inside_delimiters(text.rstrip(" ."))
+        text = inside_delimiters(text.rstrip(" .,;"))
     text = text.strip()
     if not text:
         raise UserError("the gold answer must not be empty")
@@ -283,8 +284,10 @@ def _letter(text: str, choices: Sequence[str] | None) -> str | None:
     """The one option that `text` names, which may say that it is the answer or an option (`Option B`)."""
     text = _SPACING.sub(" ", _TEXT_WRAP.sub(r"\1", text))
     text = unicodedata.normalize("NFKC", text).strip().strip("$").strip().removesuffix("\u3002")
-    announced = _ANNOUNCED.match(text)
-    return _named_letter(text, choices) or (_named_letter(text[announced.end() :], choices) if announced else None)
+    if (letter := _named_letter(text, choices)) is not None or (announced := _ANNOUNCED.match(text)) is None:
+        return letter
+    named = text[announced.end() :]
+    return _named_letter(named, choices) if choices or _LETTER_ALONE.fullmatch(named) else None
 
 
 def _named_letter(text: str, choices: Sequence[str] | None) -> str | None:

@@ -22,6 +22,8 @@ _NEXT_SENTENCE = re.compile(
 _MATH_MARK = re.compile(r"\\[\[\]()]|\\\$|\$\$|\$|\\\\")
 _CLOSING = {r"\[": r"\]", r"\(": r"\)", "$": "$", "$$": "$$"}
 _LISTED = re.compile(r"[ ,;/]*(?:(?:or|and)[ ,]*)?")
+_VERB_BEFORE = re.compile(r"(?:\b(?:is|are|equals|equal to)|[=:])\s*\Z")
+_THUS = re.compile(r",?\s(?:thus|so|hence|therefore),?\s")
 _VERB = re.compile(r"\s(?:is|are|equals|equal to)\s")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])")
@@ -166,19 +168,25 @@ def _joins(between: str) -> bool:
 
 
 def last_formula(text: str) -> str | None:
-    """The last formula, in a list with those that only `,`, `and` or `or` joins to it; None where its sentence doubts
-    or there is none."""
+    """The last formula, in a list with those that only `,`, `and` or `or` joins to it where they give the same name, or
+    none, their values; None where there is none, or its sentence doubts and no verb stands right before it."""
     formulas = _formulas(text)
     if not formulas:
         return None
     start, _, last = formulas.pop()
     values = [last]
-    while formulas and _LISTED.fullmatch(text, formulas[-1][1], start):
+    while formulas and _LISTED.fullmatch(text, formulas[-1][1], start) and _name(formulas[-1][2]) == _name(last):
         start, _, value = formulas.pop()
         values.append(value)
-    if DOUBT.search(re.split(r"[.!?\u3002]\s|\n", text[max(0, start - _SENTENCE_CHARS) : start])[-1]):
+    before = re.split(r"[.!?\u3002]\s|\n", text[max(0, start - _SENTENCE_CHARS) : start])[-1]
+    if DOUBT.search(before) and not _VERB_BEFORE.search(before):
         return None
     return ", ".join(reversed(values))
+
+
+def _name(formula: str) -> str:
+    """`x` of `x = 3`."""
+    return formula.partition("=")[0].strip() if "=" in formula else ""
 
 
 def _formulas(text: str) -> list[tuple[int, int, str]]:
@@ -239,11 +247,12 @@ def find_stated(text: str) -> str | None:
         return None
     line = text[last.end() :].lstrip().partition("\n")[0]
     line = _NEXT_SENTENCE.split(line, maxsplit=1)[0].partition("I hope it is")[0].strip()
-    stated = line.rpartition(" is ")[2].lstrip(": ")
+    stated = _THUS.split(line.rpartition(" is ")[2])[-1].lstrip(": ")
     formulas = _formulas(stated)
-    if len(formulas) == 1 and not DOUBT.search(line):
-        _, end, formula = formulas[0]
-        return _with_unit(formula, stated[end:])
+    if len(formulas) == 1:
+        start, end, formula = formulas[0]
+        if not DOUBT.search(line[: len(line) - len(stated) + start]):
+            return _with_unit(formula, stated[end:])
     return inside_delimiters(_without_marks(stated)) or None
 
 

@@ -13,10 +13,10 @@ _CONNECTIVE = re.compile(
     rf"(?<=[^\s,;]){_SPACE}"
     rf"(?:(?:{_TEXT}[\s,;]*{_WORD}[\s,]*\}}|(?<![A-Za-z\\]){_WORD}(?![A-Za-z])|{_SIGN}){_SPACE})++"
     r"(?=(?:[^\s=<>,;{}()\[\]]|\s|\{[^{}]*\}|\([^()]*\))+(?<!\s)\s*=)"
-    rf"|(?:(?<=[\d)}}]){_SPACE}(?:{_TEXT}[^{{}}]*\}}|(?<![A-Za-z\\])[A-Za-z]{{2,}}(?=\s)){_SPACE}|(?<=\d)\s+)"
+    rf"|(?:(?<=[\d)}}]){_SPACE}(?:{_TEXT}[^{{}}]*\}}|(?<![A-Za-z\\])[A-Za-z]{{2,}}(?=\s)){_SPACE})"
     r"(?=[A-Za-z](?:_\w|_\{\w+\})?\s*=)"
 )
-"""What stands between a value and the next `name =`: a word or sign that joins statements, any word, or a space."""
+"""What stands between a value and the next `name =`: a word or sign that joins statements, or any word."""
 
 
 def as_list(latex: str) -> str:

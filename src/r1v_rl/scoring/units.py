@@ -61,7 +61,6 @@ def _add_all() -> None:
     _add("米", 1, m=1)
     _add("厘米", "1/100", m=1)
     _add("percent", "1/100", percent=1)
-    _add("unit units", 1, **_UNIT)
     for name, powers in {
         "N": {"g": 1, "m": 1, "s": -2},
         "Pa": {"g": 1, "m": -1, "s": -2},
@@ -83,6 +82,7 @@ def _add_all() -> None:
 
 
 _add_all()
+_add("unit units", 1, **_UNIT)
 _MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NO_LABEL = re.compile(
     "and|or|nor|not|no|more|less|fewer|greater|than|at|least|most|to|plus|minus|times|over|under|by|of|if|when|where|"
@@ -200,14 +200,12 @@ def _unit(text: str, *, is_apart: bool) -> tuple[int, Fraction, dict[str, int]] 
 
 
 def _rate(text: str) -> tuple[int, Fraction, dict[str, int]] | None:
-    """`words per minute`, `per day`: what is counted is a label, what it is counted by a unit or a label too."""
+    """`words per minute`, `per day`: what is counted is a label, what it is counted by a unit."""
     match = _PER.fullmatch(text)
     if match is None or (match[1] and not _is_label(match[1])):
         return None
     known = _known(match[2], is_apart=True)
-    if known is not None:
-        return 1, 1 / known[0], {name: -power for name, power in known[1].items()}
-    return (1, Fraction(1), {}) if match[1] and match[2] not in _MULTIPLES and _is_label(match[2]) else None
+    return None if known is None else (1, 1 / known[0], {name: -power for name, power in known[1].items()})
 
 
 def _known(text: str, *, is_apart: bool) -> tuple[Fraction, dict[str, int]] | None:

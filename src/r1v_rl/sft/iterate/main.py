@@ -134,7 +134,7 @@ def _refuse_other_run(run: Run) -> None:
         UserError: If the folder holds rounds of another recipe, other data or another model.
     """
     parent = Path(str(run.values["model_name_or_path"]), RUN_MANIFEST)
-    state = {"data_hash": run.data_hash, "model": file_sha256(parent) if parent.exists() else None}
+    state = {"rows_hash": run.data_hash, "model": file_sha256(parent) if parent.exists() else None}
     if run.iterate.distill_recipe is not None:
         state["distill_recipe"] = file_sha256(run.iterate.distill_recipe)
     now = yaml.safe_load(dump_recipe(redact(run.values)))
@@ -145,11 +145,11 @@ def _refuse_other_run(run: Run) -> None:
         changed = [
             key
             for key in {**then, **now}
-            if key not in OPERATIONAL_KEYS.union(_PER_ROUND) and then.get(key) != now.get(key)
+            if key not in OPERATIONAL_KEYS.union(_PER_ROUND, ("accelerate_config",)) and then.get(key) != now.get(key)
         ]
         changed += [key for key in _PER_ROUND if _rounds_of(then, key)[:begun] != _rounds_of(now, key)[:begun]]
         changed = [f"`{key}` was {then.get(key)!r}, is {now.get(key)!r}" for key in changed]
-        recorded = json.loads(path.read_text())
+        recorded = {"rows_hash": run.data_hash, **json.loads(path.read_text())}  # an earlier version had another one
         changed += [f"the {key.removesuffix('_hash')} changed" for key in state if recorded.get(key) != state[key]]
         if changed:
             raise UserError(
