@@ -1,10 +1,14 @@
 """File writes that a crash cannot leave half done, and the handle by which tests kill a process inside them."""
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+
+from r1v_rl.errors import UserError
 
 _points_passed: dict[str, int] = {}
 
@@ -71,6 +75,22 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     fsync(path.parent)
     fault_point("file_write")
+
+
+def open_alone(path: Path, in_use: str) -> FileIO:
+    """A file to read and to append to, unbuffered, that no other process has open in this way; its folder is made.
+
+    Raises:
+        UserError: `PATH is in use by IN_USE`, where one has.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab+", buffering=0)  # noqa: SIM115  (open as long as the caller wants)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(f"{path} is in use by {in_use}") from error
+    return file
 
 
 def set_aside(folder: Path) -> Path:

@@ -205,6 +205,11 @@ def test_lists_of_plain_numbers_are_decided_by_reading(answer, gold, correct):
     assert (found and found.correct) is correct
 
 
+def test_a_bare_letter_is_the_gold_only_where_nothing_is_said_of_it():
+    assert quick_verdict("Option B", "B").correct is True
+    assert quick_verdict("option B fails", "B").correct is not True
+
+
 def test_words_are_words_and_not_products_of_letters():
     assert quick_verdict("silent", r"\text{listen}").correct is False
     assert quick_verdict(r"\text{Listen}", r"\text{listen}").correct is True

@@ -1,13 +1,12 @@
 """The file of an evaluation's answers: it only grows, and one process at a time writes to it."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1v_rl.durable import fault_point
+from r1v_rl.durable import fault_point, open_alone
 from r1v_rl.errors import UserError
 
 
@@ -20,15 +19,7 @@ class AnswerFile:
         if path is None:
             return
         self.is_new = not path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  (open as long as the run)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise UserError(
-                f"{path} is in use by another evaluation; wait for it, or name another `output_dir`"
-            ) from error
+        self._file = open_alone(path, "another evaluation; wait for it, or name another `output_dir`")
 
     def close(self) -> None:
         """Let other processes have the file."""

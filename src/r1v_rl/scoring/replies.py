@@ -1,6 +1,5 @@
 """What was paid for once: replies of judges by the content of the question, on the disk before they count."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -9,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1v_rl.durable import fault_point
-from r1v_rl.errors import UserError
+from r1v_rl.durable import fault_point, open_alone
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +55,10 @@ class ReplyStore:
 
     def __init__(self, path: Path | str):
         self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise UserError(
-                f"{self._path} is in use by another process: one run at a time writes to an `output_dir`; wait for the "
-                f"other one, or end it"
-            ) from error
+        self._file = open_alone(
+            self._path,
+            "another process: one run at a time writes to an `output_dir`; wait for the other one, or end it",
+        )
         self.spent: dict[str, Spent] = {}
         """What each model took for the replies that are kept."""
         self._values = self._read()
