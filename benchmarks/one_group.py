@@ -242,7 +242,8 @@ def flops(shape: Shape, case: Case, prompt: int, *, shared: bool, tower: bool, p
     """The cost model: FLOPs of one group's update.
 
     Trunk: 2 N n + 4 L h (keys seen), forward, and twice that backward (+ 1 with checkpointing); head: 4 products a
-    scored position; tower: one forward of 2 N n + 4 L h n^2 a tile. `passes` more forwards of tower and trunk.
+    scored position of TRL's, which computes logits again, 3 of ours, which keeps so few; tower: one forward of
+    2 N n + 4 L h n^2 a tile. `passes` more forwards of tower and trunk.
     """
     tower_layers, tower_width, _, tower_mlp = shape.vision
     layers, width, heads, mlp = shape.language
@@ -262,7 +263,8 @@ def flops(shape: Shape, case: Case, prompt: int, *, shared: bool, tower: bool, p
     trunk = 2 * weights * tokens + 4 * layers * width * seen
     copies = 1 if shared else g
     head = 2 * width * shape.vocabulary * g * c
-    return (3 + gc + passes) * trunk + (4 + passes) * head + copies * vision * (tower + passes + 2 * gc)
+    head_passes = (3 if shared else 4) + passes
+    return (3 + gc + passes) * trunk + head_passes * head + copies * vision * (tower + passes + 2 * gc)
 
 
 def matmul_rate(shape: Shape, tokens: int, dtype: torch.dtype) -> float:

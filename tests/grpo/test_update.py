@@ -107,12 +107,13 @@ def test_spread_fills_the_places_and_keeps_gradients():
     assert values.grad.tolist() == [[1.0] * 3] * 2 and rest[0, 0] == -2.0
 
 
+@pytest.mark.parametrize("trainable", [["projector"], ["projector", "language_model"]])
 @pytest.mark.parametrize(("entropy_coef", "once"), [(0.0, True), (0.1, False)])
-def test_a_head_that_does_not_train_computes_its_logits_once(model, tmp_path, monkeypatch, entropy_coef, once):
+def test_the_logits_are_computed_once(model, tmp_path, monkeypatch, trainable, entropy_coef, once):
     """Unless the loss has an entropy, whose gradient needs them again."""
-    called, real = [], logprobs._FrozenHead.apply
-    monkeypatch.setattr(logprobs._FrozenHead, "apply", lambda *args: (called.append(1), real(*args))[1])
-    trainer_with(model, tmp_path, some_equal, trainable=["projector"], entropy_coef=entropy_coef, max_steps=1).train()
+    called, real = [], logprobs._HeadOnce.apply
+    monkeypatch.setattr(logprobs._HeadOnce, "apply", lambda *args: (called.append(1), real(*args))[1])
+    trainer_with(model, tmp_path, some_equal, trainable=trainable, entropy_coef=entropy_coef, max_steps=1).train()
     assert bool(called) == once
 
 

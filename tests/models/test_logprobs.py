@@ -1,4 +1,4 @@
-"""A head that does not train gives the scores and the gradients of one that does."""
+"""Logits that are computed once give the scores and the gradients of TRL's kernel, which computes them twice."""
 
 import pytest
 import torch
@@ -8,37 +8,89 @@ from r1v_rl.models import logprobs
 from r1v_rl.models.logprobs import Scored, add_logprob_head
 from r1v_rl.models.parts import freeze_all_but
 
+WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
 
-def scores_and_gradient(frozen: bool, temperature: float, weights: torch.Tensor, autocast: bool = False):
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which way each call of the head took."""
+    seen = []
+
+    def spy(name: str):
+        real = getattr(logprobs, name).apply
+        monkeypatch.setattr(getattr(logprobs, name), "apply", lambda *args: (seen.append(name), real(*args))[1])
+
+    spy("_HeadOnce")
+    spy("ChunkedLogProbFunction")
+    return seen
+
+
+def scores_and_gradients(*, once: bool, frozen: bool, temperature: float = 1.0, autocast: bool = False):
+    """Scores, and gradients by name, those of the head and of one layer."""
     model, _ = random_vlm()
     freeze_all_but(model, ["projector", "language_model"])
     model.lm_head.weight.requires_grad_(not frozen)
-    add_logprob_head(model, temperature=temperature, float32_head=False, logprobs_only=True, top1=True)
+    add_logprob_head(model, temperature=temperature, float32_head=False, logprobs_only=once, top1=True)
     ids = torch.randint(40, 700, (2, 12), generator=torch.Generator().manual_seed(0))
     scored = Scored(torch.tensor([3, 4, 9, 15, 20]), torch.tensor([50, 60, 70, 80, 90]), None)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         scores = model(input_ids=ids, scored=scored)
-    (scores.logprobs * weights).sum().backward()
-    return scores, model.model.language_model.layers[0].mlp.up_proj.weight.grad
+    (scores.logprobs * WEIGHTS).sum().backward()
+    up = model.model.language_model.layers[0].mlp.up_proj.weight.grad
+    return scores, {"up_proj": up} if frozen else {"up_proj": up, "head": model.lm_head.weight.grad}
+
+
+def largest_error(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
+    assert expected.keys() == found.keys()
+    return max(((found[name] - g).norm() / g.norm()).item() for name, g in expected.items())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("at_once", [1, 2000, 1 << 25])
-def test_a_frozen_head_equals_a_trainable_one(monkeypatch, temperature, at_once):
+@pytest.mark.parametrize(
+    ("frozen", "at_once", "way"),
+    [
+        (True, 1, "_HeadOnce"),
+        (True, 2000, "_HeadOnce"),
+        (True, 1 << 25, "_HeadOnce"),
+        (False, 1 << 25, "_HeadOnce"),
+        (False, 2000, "ChunkedLogProbFunction"),  # too many to be kept
+    ],
+)
+def test_logits_computed_once_are_those_computed_twice(calls, monkeypatch, temperature, frozen, at_once, way):
     """Whatever the weight of a token in the loss, and however many tokens' logits are computed at once."""
-    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
-    expected, gradient = scores_and_gradient(False, temperature, weights)
+    expected, gradients = scores_and_gradients(once=False, frozen=frozen, temperature=temperature)
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", at_once)
-    got, other = scores_and_gradient(True, temperature, weights)
+    got, found = scores_and_gradients(once=True, frozen=frozen, temperature=temperature)
+    assert calls == ["ChunkedLogProbFunction", way]
     assert torch.allclose(got.logprobs, expected.logprobs, atol=1e-6)
     assert torch.allclose(got.entropies, expected.entropies, atol=1e-5)
     assert torch.equal(got.is_top1, expected.is_top1)
-    assert (gradient - other).norm() / gradient.norm() < 1e-5
+    assert largest_error(gradients, found) < 1e-5
 
 
-def test_in_bfloat16_too():
-    weights = torch.ones(5)
-    expected, gradient = scores_and_gradient(False, 1.0, weights, autocast=True)
-    got, other = scores_and_gradient(True, 1.0, weights, autocast=True)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_in_bfloat16_only_a_head_that_does_not_train_has_them_once(calls, frozen):
+    expected, gradients = scores_and_gradients(once=False, frozen=frozen, autocast=True)
+    got, found = scores_and_gradients(once=True, frozen=frozen, autocast=True)
+    assert calls == ["ChunkedLogProbFunction", "_HeadOnce" if frozen else "ChunkedLogProbFunction"]
     assert torch.allclose(got.logprobs, expected.logprobs, atol=0.05)
-    assert (gradient - other).norm() / gradient.norm() < 0.02
+    assert largest_error(gradients, found) < 0.02
+
+
+@pytest.mark.parametrize("tokens", [5, 0])
+@pytest.mark.parametrize("trained", [(True,) * 3, (False, True, False), (True, False, True), (False, False, True)])
+def test_each_gradient_is_that_of_plain_math(tokens, trained):
+    """Of hidden states, weight and bias, whichever of them train."""
+    torch.manual_seed(0)
+    inputs = torch.randn(tokens, 8), torch.randn(30, 8), torch.randn(30)
+    targets, weights = torch.randint(30, (tokens,)), torch.randn(tokens)
+    plain = [x.clone().requires_grad_(trains) for x, trains in zip(inputs, trained, strict=True)]
+    once = [x.clone().requires_grad_(trains) for x, trains in zip(inputs, trained, strict=True)]
+    expected = (torch.nn.functional.linear(*plain) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    found, *_ = logprobs._HeadOnce.apply(*once, targets, 0.7, False)
+    assert torch.allclose(found, expected, atol=1e-6)
+    for scores in (expected, found):
+        (scores * weights).sum().backward()
+    for a, b, trains in zip(plain, once, trained, strict=True):
+        assert (b.grad is not None) == trains
+        assert not trains or torch.allclose(a.grad, b.grad, atol=1e-6)

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from r1v_rl import cli
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.models.logprobs import Scored, add_logprob_head
+from r1v_rl.models.norms import fuse_norms
 from r1v_rl.models.packing import PackedLayout, enable_packing
 from r1v_rl.models.parts import PARTS, freeze_all_but, part_of
 from r1v_rl.plan.needs import Setting, Work, flops_of, memory_of
@@ -62,10 +63,11 @@ def test_the_heads_passes_are_those_that_torch_counts(shape):
     """Products of one forward and backward of the trunk with its head; a change of the head changes them alone."""
     scored = Scored(torch.tensor([3, 4, 9]), torch.tensor([50, 60, 70]), None)
     counted, planned = [], []
-    for parts, only in ((("language_model",), False), (("projector",), False), (("projector",), True)):
+    language, projector = ("language_model",), ("projector",)
+    for parts, only in ((language, False), (language, True), (projector, False), (projector, True)):
         model, _ = random_vlm()
         freeze_all_but(model, ["language_model"])
-        model.lm_head.weight.requires_grad_(parts == ("language_model",))
+        model.lm_head.weight.requires_grad_(parts == language)
         add_logprob_head(model, temperature=1.0, float32_head=False, logprobs_only=only)
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             scores = model(input_ids=torch.arange(40, 52)[None], scored=scored)
@@ -106,6 +108,7 @@ def test_activations_are_those_that_the_graph_keeps(shape, trainable, autocast):
     model, _ = random_vlm()
     freeze_all_but(model, trainable)
     enable_packing(model)
+    fuse_norms(model)
     tokens, saved = 600, {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

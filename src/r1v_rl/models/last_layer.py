@@ -43,7 +43,7 @@ class _Rows:
         if self._read is None:
             return None
         self._length = args[0].shape[1]
-        return (args[0][:, self._read],)
+        return (args[0].index_select(1, self._read),)
 
     def put_back(self, module: nn.Module, args: tuple, out: Float[Tensor, "B N D"]) -> Float[Tensor, "B T D"]:
         if self._read is None:

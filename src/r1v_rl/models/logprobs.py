@@ -16,6 +16,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from r1v_rl.errors import RecipeError
 from r1v_rl.models.last_layer import READ, skip_unread_rows
+from r1v_rl.models.norms import fuse_norms
 from r1v_rl.models.packing import why_not_packed
 from r1v_rl.models.vision import VisionOnce
 
@@ -23,6 +24,7 @@ VOCABULARY_TILE = 32768
 CACHED_LOGITS = 1 << 17
 """On a CPU a tile of logits is to stay in the cache, since a dozen elementwise passes go over it."""
 LOGITS_AT_ONCE = 1 << 25
+"""Logits that are held whole, where they are computed once."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ def add_logprob_head(
 ) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
-    The logits of the scored positions alone are computed, in tiles (TRL's chunked kernel), and never stored. The call
+    The logits of the scored positions alone are computed, in tiles (TRL's chunked kernel) where they are many. The call
     goes through `forward`, so DDP, FSDP and DeepSpeed wrappers see it; without `scored` the forward is the original,
     and generation is unchanged. Call it before PEFT wraps the model.
 
@@ -60,8 +62,8 @@ def add_logprob_head(
         model: A transformers causal or image-text model.
         temperature: Logits are divided by it, as in the sampler.
         float32_head: Run the LM head in float32.
-        logprobs_only: For a loss on the log-probabilities alone: entropies need no gradient, which spares a head that
-            does not train a third of its products.
+        logprobs_only: For a loss on the log-probabilities alone: entropies need no gradient, which spares the head the
+            second computation of its logits where it does not train, or they are few (`may_keep`).
         top1: Fill `is_top1`.
     """
     outputs = ("log_probs", "entropy", *(["is_top1"] if top1 else []))
@@ -71,6 +73,7 @@ def add_logprob_head(
     vision = VisionOnce(model)
     if why_not_packed(model) is None:
         skip_unread_rows(model)
+        fuse_norms(model)
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, scored: Scored | None = None, **kwargs):
@@ -80,20 +83,22 @@ def add_logprob_head(
             kwargs[READ] = scored.positions.unique()
         with vision.repeated(scored.image_rows):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.shape[-1])[scored.positions]
+        hidden = hidden.flatten(0, 1).index_select(0, scored.positions)
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden = hidden + _no_gradient(self)
         head = _owner_of_weight(self.get_output_embeddings())
         with _as_forward(head, functools.partial(score, head, scored)):
             return head(hidden)  # called, and not its weight read: FSDP2 and ZeRO-3 gather that at a module's call
 
-    def score(head: nn.Module, scored: Scored, hidden: Tensor) -> TokenScores:
+    def score(head: Any, scored: Scored, hidden: Tensor) -> TokenScores:
         weight, bias = head.weight, head.bias
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
             if float32_head:
                 hidden, weight = hidden.float(), weight.float()
-            if logprobs_only and not weight.requires_grad and not softcap:
-                return TokenScores(*_FrozenHead.apply(hidden, weight, bias, scored.targets, temperature, top1))
+            logits = hidden.shape[0] * weight.shape[0]
+            kept = not weight.requires_grad or may_keep(logits, _compute_dtype(hidden))
+            if logprobs_only and not softcap and kept:
+                return TokenScores(*_HeadOnce.apply(hidden, weight, bias, scored.targets, temperature, top1))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden, weight, bias, scored.targets, temperature, _vocabulary_tile(hidden), softcap, 1.0, outputs
             )
@@ -115,6 +120,17 @@ def check_head(model: PreTrainedModel, peft_config: Any) -> None:
             f"never train. Leave it out (`all-linear` does)"
             + ("" if is_tied else f", or train the whole head: `lora_modules_to_save: [{name}]`")
         )
+
+
+def may_keep(logits: int | float, dtype: torch.dtype) -> bool:
+    """Whether a head that trains keeps its logits for the backward pass: where they are few, and of a dtype in which
+    the gradient of its weight is not rounded before it is added."""
+    return logits <= LOGITS_AT_ONCE and dtype == torch.float32
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _vocabulary_tile(hidden: Float[Tensor, "M D"]) -> int:
@@ -145,19 +161,20 @@ def _no_gradient(model: PreTrainedModel) -> Tensor | float:
     return 0.0 * torch.stack([p.sum() for p in trainable]).sum() if trainable else 0.0
 
 
-class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities, entropies and, where asked, `is_top1` of a head that does not train.
+class _HeadOnce(torch.autograd.Function):
+    """Log-probabilities, entropies and, where asked, `is_top1`; no logits are computed again.
 
-    A token's gradient is known but for one factor as soon as its logits are: it is kept, (M, hidden), and no logits are
-    stored or computed again.
+    A token's gradient is known but for one factor as soon as its logits are. For the hidden states it is kept, (M,
+    hidden); for a head that trains the probabilities are, (M, vocabulary), less one at the target: `may_keep` has seen
+    to it that they come at once.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, top1):
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
-        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        hidden, weight = (x.to(_compute_dtype(hidden)) for x in (hidden, weight))
+        trains, *head_trains = ctx.needs_input_grad[:3]
+        direction = torch.empty_like(hidden) if trains else None
+        probabilities = hidden.new_empty(0, len(weight))
         scores = [torch.empty(len(targets), device=hidden.device) for _ in range(2)]
         logprobs, entropies = scores
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=hidden.device) if top1 else None
@@ -174,15 +191,22 @@ class _FrozenHead(torch.autograd.Function):
             logprobs[part] = all_logprobs.gather(1, wanted)[:, 0]
             probabilities = torch.exp(all_logprobs, out=logits)
             entropies[part] = -torch.linalg.vecdot(probabilities, all_logprobs)
-            if direction is not None:
+            if any(ctx.needs_input_grad):
                 probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+            if direction is not None:
                 torch.mm(probabilities.to(weight.dtype), weight, out=direction[part])
-        ctx.save_for_backward(direction)
+        ctx.save_for_backward(direction, *([hidden, probabilities] if any(head_trains) else []))
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies, *([] if is_top1 is None else [is_top1]))
         return logprobs, entropies, is_top1
 
     @staticmethod
     def backward(ctx, grad_logprobs, *_):
-        (direction,) = ctx.saved_tensors
-        return (direction * (grad_logprobs / -ctx.temperature)[:, None]).to(direction.dtype), *[None] * 5
+        direction, *kept = ctx.saved_tensors
+        factor = (grad_logprobs / -ctx.temperature)[:, None]
+        gradients = [None if direction is None else (direction * factor).to(direction.dtype), None, None]
+        if kept:
+            hidden, probabilities = kept
+            gradients[1] = probabilities.mT @ (hidden * factor)
+            gradients[2] = (probabilities.mT @ factor)[:, 0] if ctx.needs_input_grad[2] else None
+        return *gradients, None, None, None

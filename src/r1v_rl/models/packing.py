@@ -262,8 +262,9 @@ class _PackedAttention(torch.autograd.Function):
         grad, out = (x[0].unflatten(0, q.shape[:2]) for x in (grads[0], out))
         wide = _wide(q)  # for sums over blocks
         new = torch.empty if ctx.layout.first_read is None else torch.zeros
-        grad_q = new(q.shape, dtype=wide, device=q.device)
-        grad_k, grad_v = (new(x.shape[0], *x.shape[2:], dtype=wide, device=x.device) for x in (k, v))
+        sums = (new(1, *x.shape[2:0:-1], x.shape[3], dtype=wide, device=x.device) for x in (query, key, value))
+        of_query, of_key, of_value = (x.transpose(1, 2) for x in sums)  # token by token, as the projections are
+        grad_q, grad_k, grad_v = of_query[0].unflatten(0, q.shape[:2]), of_key[0], of_value[0]
         for queries, keys, causal in ctx.layout.blocks():
             part_q, part_k, part_v = kernel.backward(
                 grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
@@ -276,8 +277,7 @@ class _PackedAttention(torch.autograd.Function):
                 grad_q[:, :, queries] += part_q
                 grad_k[:, keys] += part_k
                 grad_v[:, keys] += part_v
-        grad_q = grad_q.flatten(0, 1)[None].to(query.dtype)
-        return grad_q, grad_k[None].to(key.dtype), grad_v[None].to(value.dtype), None, None
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from r1v_rl.models.logprobs import LOGITS_AT_ONCE, VOCABULARY_TILE
+from r1v_rl.models.logprobs import LOGITS_AT_ONCE, VOCABULARY_TILE, may_keep
 from r1v_rl.plan.shape import BYTES, Shape
 from r1v_rl.runtime import KEPT_PRODUCTS
 
@@ -61,11 +62,6 @@ class Setting:
     def trains_language(self) -> bool:
         return "language_model" in self.trainable
 
-    @property
-    def scores_once(self) -> bool:
-        """Whether the LM head has its gradient with its logits, and computes them no second time."""
-        return self.logprobs_only and not self.trains_language
-
 
 def memory_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     """Bytes of one process: what they are for -> how many, at the start of the backward pass, where they are most.
@@ -82,7 +78,7 @@ def memory_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     layer = shape.layer_bytes(setting.dtype, setting.compute_dtype, trained=setting.trains_language)
     stream = shape.hidden * BYTES[setting.dtype]
     kept = shape.layers * stream + layer if setting.checkpointing else shape.layers * layer
-    kept += shape.outer_bytes(setting.dtype, trained=setting.trains_language)
+    kept += shape.outer_bytes(setting.dtype, setting.compute_dtype, trained=setting.trains_language)
     activations = kept * work.tokens * work.fullest
     if "vision_encoder" in setting.trainable:
         activations += work.visual * shape.patches * shape.vision_bytes(setting.dtype, setting.compute_dtype)
@@ -111,18 +107,25 @@ def _autocast_copies(shape: Shape, setting: Setting) -> float:
     return shape.layer_weights * BYTES[setting.compute_dtype]
 
 
+def _scores_once(shape: Shape, work: Work, setting: Setting) -> bool:
+    """Whether the LM head has its gradient with its logits, and computes them no second time."""
+    logits, dtype = work.scored * work.fullest * shape.vocabulary, getattr(torch, setting.compute_dtype)
+    return setting.logprobs_only and (not setting.trains_language or may_keep(logits, dtype))
+
+
 def _head_bytes(shape: Shape, work: Work, setting: Setting) -> float:
     """The LM head's pass over the scored positions, a tile of the vocabulary at a time, and its weights' gradient.
 
     On a GPU a tile is one tensor in the compute dtype. Without Triton (on a CPU) TRL's backward pass keeps seven
-    float32 tensors of a tile and a mask beside it. A head that does not train keeps two, of `LOGITS_AT_ONCE` logits,
-    where the loss reads no entropy.
+    float32 tensors of a tile and a mask beside it. Where logits are computed once there are two float32 tensors of at
+    most `LOGITS_AT_ONCE`, and one in a compute dtype that is another.
     """
     compute, scored = BYTES[setting.compute_dtype], work.scored * work.fullest
-    if setting.scores_once:
-        return min(scored * shape.vocabulary, LOGITS_AT_ONCE) * (2 * _FLOAT32 + compute)
-    tile = min(scored, TOKEN_CHUNK_SIZE) * min(shape.vocabulary, VOCABULARY_TILE)
     gradient = shape.vocabulary * shape.hidden * _FLOAT32 if setting.trains_language else 0
+    if _scores_once(shape, work, setting):
+        narrow = 0 if setting.compute_dtype == "float32" else compute
+        return min(scored * shape.vocabulary, LOGITS_AT_ONCE) * (2 * _FLOAT32 + narrow) + gradient
+    tile = min(scored, TOKEN_CHUNK_SIZE) * min(shape.vocabulary, VOCABULARY_TILE)
     return tile * (compute + (7 * _FLOAT32 + 1 if setting.on_cpu else 0)) + gradient
 
 
@@ -135,14 +138,14 @@ def flops_of(shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     """FLOPs of one micro-batch on one process: what they are for -> how many.
 
     A backward pass is twice the forward where weights train, once where only activations' gradients are needed; the LM
-    head's computes its logits again, where `scores_once` does not. A frozen tower is run forward alone; its attention
-    is left out.
+    head's computes its logits again, unless they are kept. A frozen tower is run forward alone; its attention is left
+    out.
     """
     forward = shape.trunk_flops(work.tokens, work.seen) * work.passes
     again = setting.checkpointing + (2 if setting.trains_language else 1)
     tower = 3 if "vision_encoder" in setting.trainable else 1
     reference = forward if setting.has_reference else 0.0
-    head = 2 if setting.scores_once else 4 if setting.trains_language else 3
+    head = 1 + setting.trains_language + (1 if _scores_once(shape, work, setting) else 2)
     return {
         "vision encoder": tower * shape.vision_flops(work.visual),
         "language model, forward": forward + reference,

@@ -70,22 +70,27 @@ class Shape:
     def layer_bytes(self, dtype: str, compute_dtype: str, *, trained: bool) -> int:
         """Bytes that one layer of the language model keeps of a token for its backward pass.
 
-        Both norms keep their input in float32, attention its queries, keys, values, output and log-sum-exp, the MLP its
-        gate, the gate's SiLU and the up-projection. Weights that train need their inputs too: what the norms
-        normalised, what the three products behind the first norm and the two behind the second read (autocast makes a
-        copy for each of them, else they share it), and what the down-projection reads.
+        Both norms keep their input in float32, or in its place what they normalised (`models.norms`), attention its
+        queries, keys, values, output and log-sum-exp, the MLP its gate, the gate's SiLU and the up-projection. Weights
+        that train need their inputs too: what the norms normalised, what the three products behind the first norm and
+        the two behind the second read (autocast makes a copy for each of them, else they share it), and what the
+        down-projection reads.
         """
-        wide, weight, compute = BYTES["float32"], BYTES[dtype], BYTES[compute_dtype]
+        wide, compute = BYTES["float32"], BYTES[compute_dtype]
         kept = 2 * wide * self.hidden + wide * self.heads
         kept += compute * (2 * self.queries + 2 * self.key_values + 3 * self.mlp)
         if trained:
             inputs = 5 if dtype != compute_dtype else 2
-            kept += 2 * weight * self.hidden + compute * (inputs * self.hidden + self.mlp)
+            kept += 2 * self._normalised_bytes(dtype, compute_dtype) + compute * (inputs * self.hidden + self.mlp)
         return kept
 
-    def outer_bytes(self, dtype: str, *, trained: bool) -> int:
+    def _normalised_bytes(self, dtype: str, compute_dtype: str) -> int:
+        """What a norm whose weight trains keeps beside its input; `models.norms`, for float32, keeps it alone."""
+        return 0 if dtype == compute_dtype == "float32" else BYTES[dtype] * self.hidden
+
+    def outer_bytes(self, dtype: str, compute_dtype: str, *, trained: bool) -> int:
         """Bytes that the rest of the language model keeps of a token: the last norm, and its place's sines, cosines."""
-        norm = BYTES["float32"] * self.hidden + (BYTES[dtype] * self.hidden if trained else 0)
+        norm = BYTES["float32"] * self.hidden + (self._normalised_bytes(dtype, compute_dtype) if trained else 0)
         return norm + 2 * BYTES["float32"] * self.queries // self.heads
 
     def vision_bytes(self, dtype: str, compute_dtype: str) -> int:
