@@ -68,6 +68,18 @@ def test_logits_computed_once_are_those_computed_twice(calls, monkeypatch, tempe
     assert largest_error(gradients, found) < 1e-5
 
 
+def test_a_bias_trains_a_head_too(calls, monkeypatch):
+    """As with PEFT's `bias: all`: more logits than are kept would leave it without a part of its gradient."""
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 2000)
+    model, _ = random_vlm()
+    freeze_all_but(model, [])
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.weight.shape[0]))
+    add_logprob_head(model, temperature=1.0, float32_head=False, logprobs_only=True)
+    scored = Scored(torch.arange(5), torch.arange(50, 55), None)
+    model(input_ids=torch.arange(40, 52)[None], scored=scored).logprobs.sum().backward()
+    assert calls == ["ChunkedLogProbFunction"] and model.lm_head.bias.grad[50:55].min() > 0
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_in_bfloat16_only_a_head_that_does_not_train_has_them_once(calls, frozen):
     expected, gradients = scores_and_gradients(once=False, frozen=frozen, autocast=True)

@@ -95,9 +95,9 @@ def add_logprob_head(
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
             if float32_head:
                 hidden, weight = hidden.float(), weight.float()
-            logits = hidden.shape[0] * weight.shape[0]
-            kept = not weight.requires_grad or may_keep(logits, _compute_dtype(hidden))
-            if logprobs_only and not softcap and kept:
+            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            once = not trains or may_keep(hidden.shape[0] * weight.shape[0], _compute_dtype(hidden))
+            if logprobs_only and not softcap and once:
                 return TokenScores(*_HeadOnce.apply(hidden, weight, bias, scored.targets, temperature, top1))
             logprobs, entropies, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden, weight, bias, scored.targets, temperature, _vocabulary_tile(hidden), softcap, 1.0, outputs
