@@ -27,6 +27,7 @@ from transformers import (
 from r1v_rl.grpo.config import GRPOConfig
 from r1v_rl.grpo.trainer import GRPOTrainer
 from r1v_rl.models.compose import image_processor
+from r1v_rl.models.logprobs import may_keep
 from r1v_rl.models.parts import freeze_all_but, part_module
 from r1v_rl.tiny.tokenizer import build_tokenizer
 from r1v_rl.types import Completion
@@ -238,12 +239,22 @@ def seconds(step: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def flops(shape: Shape, case: Case, prompt: int, *, shared: bool, tower: bool, passes: int = 0, gc: bool = False):
+def flops(
+    shape: Shape,
+    case: Case,
+    prompt: int,
+    *,
+    shared: bool,
+    tower: bool,
+    passes: int = 0,
+    gc: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """The cost model: FLOPs of one group's update.
 
     Trunk: 2 N n + 4 L h (keys seen), forward, and twice that backward (+ 1 with checkpointing); head: 4 products a
-    scored position of TRL's, which computes logits again, 3 of ours, which keeps so few; tower: one forward of
-    2 N n + 4 L h n^2 a tile. `passes` more forwards of tower and trunk.
+    scored position, since logits are computed again, 3 of ours where they are few enough to be kept; tower: one forward
+    of 2 N n + 4 L h n^2 a tile. `passes` more forwards of tower and trunk.
     """
     tower_layers, tower_width, _, tower_mlp = shape.vision
     layers, width, heads, mlp = shape.language
@@ -263,7 +274,7 @@ def flops(shape: Shape, case: Case, prompt: int, *, shared: bool, tower: bool, p
     trunk = 2 * weights * tokens + 4 * layers * width * seen
     copies = 1 if shared else g
     head = 2 * width * shape.vocabulary * g * c
-    head_passes = (3 if shared else 4) + passes
+    head_passes = (3 if shared and may_keep(g * c * shape.vocabulary, dtype) else 4) + passes
     return (3 + gc + passes) * trunk + head_passes * head + copies * vision * (tower + passes + 2 * gc)
 
 

@@ -50,7 +50,10 @@ def pairs_of(ours: Callable, theirs: Callable, pairs: int) -> tuple[float, float
 def limit_of(shape: Shape, case: Case, prompt: int, dtype: torch.dtype, step: Callable, pairs: int) -> dict[str, float]:
     """Seconds that the update's FLOPs take at the speed of its bare products, and the share of it that is reached: both
     are measured in turn, since a machine's speed changes."""
-    work, tokens = flops(shape, case, prompt, shared=True, tower=False), prompt + case.completions * case.tokens
+    work, tokens = (
+        flops(shape, case, prompt, shared=True, tower=False, dtype=dtype),
+        prompt + case.completions * case.tokens,
+    )
     rates, times = zip(*((matmul_rate(shape, tokens, dtype), seconds(step)) for _ in range(pairs)), strict=True)
     reached = statistics.median(work / rate / took for rate, took in zip(rates, times, strict=True))
     rate = statistics.median(rates)
@@ -97,7 +100,7 @@ def run_case(options: argparse.Namespace, case: Case, pairs: int) -> dict:
             own, other, ratios = pairs_of(step, baseline, pairs)
             modelled = flops(
                 shape, case, prompt, shared=False, tower=True, passes=name != "best", gc=name == "defaults"
-            ) / flops(shape, case, prompt, shared=True, tower=not tower)
+            ) / flops(shape, case, prompt, shared=True, tower=not tower, dtype=dtype)
             row[name + tower] = {"seconds": own, "baseline": other, "ratio": statistics.median(ratios),
                                  "range": [min(ratios), max(ratios)], "model": modelled}  # fmt: skip
     row["limit"] = limit_of(shape, case, prompt, dtype, ours.step_cached, pairs)

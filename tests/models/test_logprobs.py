@@ -80,6 +80,16 @@ def test_a_bias_trains_a_head_too(calls, monkeypatch):
     assert calls == ["ChunkedLogProbFunction"] and model.lm_head.bias.grad[50:55].min() > 0
 
 
+@pytest.mark.parametrize("once", [True, False])
+def test_a_float32_head_has_a_float32_bias(once):
+    model = random_vlm()[0].bfloat16()
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(model.lm_head.weight.shape[0], dtype=torch.bfloat16))
+    add_logprob_head(model, temperature=1.0, float32_head=True, logprobs_only=once)
+    scored = Scored(torch.arange(5), torch.arange(50, 55), None)
+    model(input_ids=torch.arange(40, 52)[None], scored=scored).logprobs.sum().backward()
+    assert model.lm_head.bias.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_in_bfloat16_only_a_head_that_does_not_train_has_them_once(calls, frozen):
     expected, gradients = scores_and_gradients(once=False, frozen=frozen, autocast=True)

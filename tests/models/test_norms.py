@@ -1,6 +1,7 @@
 """The norms' own backward pass gives what torch's gives."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -56,3 +57,11 @@ def test_in_lower_precision_the_modules_own_forward_runs(calls, dtype, autocast)
     fuse_norms(fused)
     expected, found = (output_and_gradients(each, autocast=autocast)[0] for each in (model, fused))
     assert torch.equal(expected, found) and not calls
+
+
+def test_a_model_is_pickled_as_before():
+    model, _ = random_vlm()
+    fuse_norms(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    expected, found = (output_and_gradients(each)[0] for each in (model, loaded))
+    assert torch.allclose(expected, found, atol=1e-5)

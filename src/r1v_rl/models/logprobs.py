@@ -24,7 +24,7 @@ VOCABULARY_TILE = 32768
 CACHED_LOGITS = 1 << 17
 """On a CPU a tile of logits is to stay in the cache, since a dozen elementwise passes go over it."""
 LOGITS_AT_ONCE = 1 << 25
-"""Logits that are held whole, where they are computed once."""
+"""Logits that are held at a time, where they are computed once."""
 
 
 @dataclass(slots=True)
@@ -54,9 +54,9 @@ def add_logprob_head(
 ) -> None:
     """Teach `model` the call `model(scored=Scored(...), **inputs) -> TokenScores`.
 
-    The logits of the scored positions alone are computed, in tiles (TRL's chunked kernel) where they are many. The call
-    goes through `forward`, so DDP, FSDP and DeepSpeed wrappers see it; without `scored` the forward is the original,
-    and generation is unchanged. Call it before PEFT wraps the model.
+    The logits of the scored positions alone are computed, once (`_HeadOnce`) or in tiles and, for the backward pass,
+    again (TRL's chunked kernel). The call goes through `forward`, so DDP, FSDP and DeepSpeed wrappers see it; without
+    `scored` the forward is the original, to rounding. Call it before PEFT wraps the model.
 
     Args:
         model: A transformers causal or image-text model.
@@ -83,7 +83,7 @@ def add_logprob_head(
             kwargs[READ] = scored.positions.unique()
         with vision.repeated(scored.image_rows):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, scored.positions)
+        hidden = hidden.flatten(0, 1)[scored.positions]
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden = hidden + _no_gradient(self)
         head = _owner_of_weight(self.get_output_embeddings())
@@ -94,7 +94,7 @@ def add_logprob_head(
         weight, bias = head.weight, head.bias
         with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
             if float32_head:
-                hidden, weight = hidden.float(), weight.float()
+                hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
             once = not trains or may_keep(hidden.shape[0] * weight.shape[0], _compute_dtype(hidden))
             if logprobs_only and not softcap and once:

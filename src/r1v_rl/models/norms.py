@@ -1,6 +1,6 @@
 """RMSNorm (arXiv:1910.07467) with a backward pass of its own: half the passes over memory, and one activation less.
 
-Exact. What it normalised is kept, and the input is not.
+What it normalised is kept. torch keeps the input too, where the weight trains.
 """
 
 import types
@@ -16,10 +16,11 @@ def fuse_norms(model: PreTrainedModel) -> None:
     is for float32; in another dtype, and under autocast, the module's own forward stays."""
     for module in model.get_decoder().modules():
         if type(module).__name__.endswith("RMSNorm") and "forward" not in vars(module):
-            module.forward = types.MethodType(_forward, module)
+            module.forward = types.MethodType(forward, module)
 
 
-def _forward(self: nn.Module, hidden_states: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+def forward(self: nn.Module, hidden_states: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """Of one module. Named as what it stands for: a pickled method is looked up by its name."""
     is_float32 = hidden_states.dtype == self.weight.dtype == torch.float32
     if not is_float32 or torch.is_autocast_enabled(hidden_states.device.type):
         return type(self).forward(self, hidden_states)
