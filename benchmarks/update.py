@@ -50,10 +50,8 @@ def pairs_of(ours: Callable, theirs: Callable, pairs: int) -> tuple[float, float
 def limit_of(shape: Shape, case: Case, prompt: int, dtype: torch.dtype, step: Callable, pairs: int) -> dict[str, float]:
     """Seconds that the update's FLOPs take at the speed of its bare products, and the share of it that is reached: both
     are measured in turn, since a machine's speed changes."""
-    work, tokens = (
-        flops(shape, case, prompt, shared=True, tower=False, dtype=dtype),
-        prompt + case.completions * case.tokens,
-    )
+    work = flops(shape, case, prompt, shared=True, tower=False, dtype=dtype)
+    tokens = prompt + case.completions * case.tokens
     rates, times = zip(*((matmul_rate(shape, tokens, dtype), seconds(step)) for _ in range(pairs)), strict=True)
     reached = statistics.median(work / rate / took for rate, took in zip(rates, times, strict=True))
     rate = statistics.median(rates)

@@ -207,6 +207,6 @@ class _HeadOnce(torch.autograd.Function):
         gradients = [None if direction is None else (direction * factor).to(direction.dtype), None, None]
         if kept:
             hidden, probabilities = kept
-            gradients[1] = probabilities.mT @ (hidden * factor)
+            gradients[1] = probabilities.mT @ (hidden * factor) if ctx.needs_input_grad[1] else None
             gradients[2] = (probabilities.mT @ factor)[:, 0] if ctx.needs_input_grad[2] else None
         return *gradients, None, None, None

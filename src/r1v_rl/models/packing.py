@@ -262,8 +262,8 @@ class _PackedAttention(torch.autograd.Function):
         grad, out = (x[0].unflatten(0, q.shape[:2]) for x in (grads[0], out))
         wide = _wide(q)  # for sums over blocks
         new = torch.empty if ctx.layout.first_read is None else torch.zeros
-        sums = (new(1, *x.shape[2:0:-1], x.shape[3], dtype=wide, device=x.device) for x in (query, key, value))
-        of_query, of_key, of_value = (x.transpose(1, 2) for x in sums)  # token by token, as the projections are
+        by_token = (new(x.transpose(1, 2).shape, dtype=wide, device=x.device) for x in (query, key, value))
+        of_query, of_key, of_value = (x.transpose(1, 2) for x in by_token)  # as the projections read them
         grad_q, grad_k, grad_v = of_query[0].unflatten(0, q.shape[:2]), of_key[0], of_value[0]
         for queries, keys, causal in ctx.layout.blocks():
             part_q, part_k, part_v = kernel.backward(
